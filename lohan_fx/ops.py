@@ -1,0 +1,93 @@
+"""torch.ops.lohan.*: the moves a rewritten graph makes, in program order.
+
+Every op starts with `rt`, the number under which a runtime registered itself; the op finds the
+runtime and calls the method of its own name. The ops exist so that a plan is visible in an ordinary
+FX graph (printable, checkable, executable node by node); Inductor never sees one.
+
+    begin(rt, program) -> handle          forward starts; the handle (int64[1]) travels to backward
+    begin_backward(rt, handle)            backward of that forward starts
+    end(rt)                               the pass is over: everything it fetched has been released
+    fetch(rt, bucket)                     start bringing a bucket's weights to the GPU
+    wait(rt, bucket) -> Tensor[]          its parameters, once they have arrived on this stream
+    release(rt, bucket)                   nothing after this line reads the bucket in this pass
+    offload(rt, slot, x)                  start moving an activation out
+    offload_wait(rt, slot)                x may be freed once this stream has passed this line
+    reload(rt, slot)                      start bringing it back
+    reload_wait(rt, slot) -> Tensor       it has arrived on this stream
+    grad(rt, pid, g)                      a parameter's gradient is final
+
+`lohan` here is the operator namespace; nothing outside this module registers operators.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol
+
+import torch
+from torch import fx
+
+
+class Moves(Protocol):
+    """What a runtime must do; see the module docstring for each method's meaning."""
+
+    def begin(self, program: int) -> torch.Tensor: ...
+    def begin_backward(self, handle: torch.Tensor) -> None: ...
+    def end(self) -> None: ...
+    def fetch(self, bucket: int) -> None: ...
+    def wait(self, bucket: int) -> list[torch.Tensor]: ...
+    def release(self, bucket: int) -> None: ...
+    def offload(self, slot: int, x: torch.Tensor) -> None: ...
+    def offload_wait(self, slot: int) -> None: ...
+    def reload(self, slot: int) -> None: ...
+    def reload_wait(self, slot: int) -> torch.Tensor: ...
+    def grad(self, pid: int, g: torch.Tensor) -> None: ...
+
+
+_runtimes: weakref.WeakValueDictionary[int, Moves] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def register(runtime: Moves) -> int:
+    """Give `runtime` a number for its ops; it is forgotten when the runtime dies."""
+    number = next(_numbers)
+    _runtimes[number] = runtime
+    return number
+
+
+_SCHEMAS = (
+    "begin(int rt, int program) -> Tensor",
+    "begin_backward(int rt, Tensor handle) -> ()",
+    "end(int rt) -> ()",
+    "fetch(int rt, int bucket) -> ()",
+    "wait(int rt, int bucket) -> Tensor[]",
+    "release(int rt, int bucket) -> ()",
+    "offload(int rt, int slot, Tensor x) -> ()",
+    "offload_wait(int rt, int slot) -> ()",
+    "reload(int rt, int slot) -> ()",
+    "reload_wait(int rt, int slot) -> Tensor",
+    "grad(int rt, int pid, Tensor g) -> ()",
+)
+
+_library = torch.library.Library("lohan", "DEF")
+
+
+def _define(schema: str) -> None:
+    name = schema.split("(")[0]
+
+    def run(rt: int, *args: object) -> object:
+        return getattr(_runtimes[rt], name)(*args)
+
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    fx.node.has_side_effect(getattr(torch.ops.lohan, name).default)
+
+
+for _schema in _SCHEMAS:
+    _define(_schema)
+
+
+def is_move(node: fx.Node) -> bool:
+    """True for a call of one of the ops above."""
+    return node.op == "call_function" and getattr(node.target, "namespace", None) == "lohan"
