@@ -1,0 +1,112 @@
+// The loop of every implementation, written once over a struct `Vector` of the including file:
+//   Float, kWidth; load/store of float, bf16 and f16; set, add, sub, mul, div, sqrt.
+//
+// No include guard, no includes and no std:: on purpose: this text is compiled once per instruction
+// set, inside that file's target region and an unnamed namespace. A shared inline function compiled
+// here could be the copy the linker keeps for everyone, and crash a CPU without the instructions.
+
+// Bytes ahead of the loop that are asked for: the hardware prefetchers stop at page ends.
+constexpr std::size_t kAhead = 1024;
+
+template <Dtype D>
+inline Vector::Float load_as_float(const void* from, std::size_t i) {
+  if constexpr (D == Dtype::f32) return Vector::load(static_cast<const float*>(from) + i);
+  if constexpr (D == Dtype::bf16) return Vector::load_bf16(static_cast<const std::uint16_t*>(from) + i);
+  if constexpr (D == Dtype::f16) return Vector::load_f16(static_cast<const std::uint16_t*>(from) + i);
+}
+
+template <Dtype Grad, Dtype Out, bool L2>
+struct Loop {
+  const Vector::Float grad_scale, decay, l2, blend, beta2, one_minus_beta2, bias2_sqrt, eps, step_size;
+  const bool blend_from_grad;
+
+  explicit Loop(const AdamFactors& f)
+      : grad_scale(Vector::set(f.grad_scale)),
+        decay(Vector::set(f.decay)),
+        l2(Vector::set(f.l2)),
+        blend(Vector::set(f.blend)),
+        beta2(Vector::set(f.beta2)),
+        one_minus_beta2(Vector::set(f.one_minus_beta2)),
+        bias2_sqrt(Vector::set(f.bias2_sqrt)),
+        eps(Vector::set(f.eps)),
+        step_size(Vector::set(f.step_size)),
+        blend_from_grad(f.blend_from_grad) {}
+
+  // Elements [i, i + kWidth) of each array. Same operations in the same order as torch.optim's
+  // single-tensor AdamW.
+  void step(float* master, float* exp_avg, float* exp_avg_sq, const void* grad, void* out,
+            std::size_t i) const {
+    using V = Vector;
+    V::Float g = V::mul(load_as_float<Grad>(grad, i), grad_scale);
+    V::Float p = V::load(master + i);
+    V::Float m = V::load(exp_avg + i);
+    V::Float v = V::load(exp_avg_sq + i);
+    if constexpr (L2) g = V::add(g, V::mul(l2, p));
+    p = V::mul(p, decay);
+    m = V::add(blend_from_grad ? g : m, V::mul(blend, V::sub(g, m)));
+    v = V::add(V::mul(v, beta2), V::mul(V::mul(one_minus_beta2, g), g));
+    const V::Float denom = V::add(V::div(V::sqrt(v), bias2_sqrt), eps);
+    p = V::sub(p, V::div(V::mul(step_size, m), denom));
+    V::store(master + i, p);
+    V::store(exp_avg + i, m);
+    V::store(exp_avg_sq + i, v);
+    if constexpr (Out == Dtype::bf16) V::store_bf16(static_cast<std::uint16_t*>(out) + i, p);
+    if constexpr (Out == Dtype::f16) V::store_f16(static_cast<std::uint16_t*>(out) + i, p);
+  }
+
+  // What does not fill a vector goes through the same code, in a copy.
+  void tail(const AdamArrays& a, std::size_t begin, std::size_t n) const {
+    constexpr std::size_t kGradBytes = Grad == Dtype::f32 ? 4 : 2;
+    float p[Vector::kWidth] = {}, m[Vector::kWidth] = {}, v[Vector::kWidth] = {};
+    float g[Vector::kWidth] = {};  // room for any gradient dtype
+    std::uint16_t out[Vector::kWidth] = {};
+    __builtin_memcpy(p, a.master + begin, n * 4);
+    __builtin_memcpy(m, a.exp_avg + begin, n * 4);
+    __builtin_memcpy(v, a.exp_avg_sq + begin, n * 4);
+    __builtin_memcpy(g, static_cast<const char*>(a.grad) + begin * kGradBytes, n * kGradBytes);
+    step(p, m, v, g, out, 0);
+    __builtin_memcpy(a.master + begin, p, n * 4);
+    __builtin_memcpy(a.exp_avg + begin, m, n * 4);
+    __builtin_memcpy(a.exp_avg_sq + begin, v, n * 4);
+    if constexpr (Out != Dtype::none)
+      __builtin_memcpy(static_cast<std::uint16_t*>(a.out16) + begin, out, n * 2);
+  }
+
+  static void run(const AdamArrays& a, const AdamFactors& factors, std::size_t begin,
+                  std::size_t end) {
+    const Loop loop(factors);
+    std::size_t i = begin;
+    for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
+      __builtin_prefetch(reinterpret_cast<const char*>(a.master + i) + kAhead, 1);
+      __builtin_prefetch(reinterpret_cast<const char*>(a.exp_avg + i) + kAhead, 1);
+      __builtin_prefetch(reinterpret_cast<const char*>(a.exp_avg_sq + i) + kAhead, 1);
+      loop.step(a.master, a.exp_avg, a.exp_avg_sq, a.grad, a.out16, i);
+    }
+    if (i < end) loop.tail(a, i, end - i);
+  }
+};
+
+template <Dtype Grad, Dtype Out>
+inline void run_decay(const AdamArrays& a, const AdamFactors& f, std::size_t begin, std::size_t end) {
+  if (f.l2 != 0.f)
+    Loop<Grad, Out, true>::run(a, f, begin, end);
+  else
+    Loop<Grad, Out, false>::run(a, f, begin, end);
+}
+
+template <Dtype Grad>
+inline void run_out(const AdamArrays& a, const AdamFactors& f, std::size_t begin, std::size_t end) {
+  switch (a.out_dtype) {
+    case Dtype::bf16: return run_decay<Grad, Dtype::bf16>(a, f, begin, end);
+    case Dtype::f16: return run_decay<Grad, Dtype::f16>(a, f, begin, end);
+    default: return run_decay<Grad, Dtype::none>(a, f, begin, end);
+  }
+}
+
+void run(const AdamArrays& a, const AdamFactors& f, std::size_t begin, std::size_t end) {
+  switch (a.grad_dtype) {
+    case Dtype::bf16: return run_out<Dtype::bf16>(a, f, begin, end);
+    case Dtype::f16: return run_out<Dtype::f16>(a, f, begin, end);
+    default: return run_out<Dtype::f32>(a, f, begin, end);
+  }
+}
