@@ -96,9 +96,9 @@ void copy_bytes(void* to, const void* from, std::size_t bytes, unsigned num_thre
   const char* const source = static_cast<const char*>(from);
   if (bytes == 0) return;
   if (target == nullptr || source == nullptr) throw std::invalid_argument("copy: a null pointer");
-  const auto [low, high] =
-      std::minmax(reinterpret_cast<std::uintptr_t>(to), reinterpret_cast<std::uintptr_t>(from));
-  if (high - low < bytes)
+  const auto at_to = reinterpret_cast<std::uintptr_t>(to);
+  const auto at_from = reinterpret_cast<std::uintptr_t>(from);
+  if (std::max(at_to, at_from) - std::min(at_to, at_from) < bytes)
     throw std::invalid_argument("copy: source and target overlap in their " +
                                 std::to_string(bytes) + " bytes");
   const std::size_t num_tasks = (bytes + kCopyBytes - 1) / kCopyBytes;
