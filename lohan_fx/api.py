@@ -1,0 +1,342 @@
+"""The public face: `compile`, `make_plan`, and what a compiled model can do."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import hardware as machines
+from .budget import Budget, Machine
+from .errors import BudgetError, LohanError
+from .plan import Plan
+from .planner import Capacities, Overlap
+from .session import PlanReady, Policy, Session, Settings
+from .units import format_bytes
+
+OVERLAPS = ("auto", *(str(mode) for mode in Overlap))
+LOWERINGS = ("inductor", "aten")
+
+
+class CompiledModel(torch.nn.Module):
+    """What `compile` adds to a model's class. The model object, its attributes and methods stay."""
+
+    _lohan: Session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._lohan.call(args, kwargs)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the step captured last.
+
+        Raises:
+            LohanError: nothing has been captured yet; call the model once.
+        """
+        if not self._lohan.captured or self._lohan.captured[-1].plan is None:
+            raise LohanError("there is no plan before the first forward; call the model once")
+        return self._lohan.captured[-1].plan
+
+    def report(self) -> str:
+        """Tiers, predicted times and bytes, and what the runtime has measured so far, as text."""
+        from .report import report_text
+
+        return report_text(self._lohan)
+
+    def graphs(self) -> dict[str, str]:
+        """The rewritten graphs of the step captured last, as readable Python.
+
+        Keys "forward" and "backward" are the FX graphs with their lohan ops, "forward_skeleton" and
+        "backward_skeleton" the programs that run.
+        """
+        if not self._lohan.captured or self._lohan.captured[-1].woven is None:
+            raise LohanError("there are no graphs before the first forward; call the model once")
+        captured = self._lohan.captured[-1]
+        woven = captured.woven
+        assert woven is not None
+        found = {"forward": woven.forward.print_readable(print_output=False)}
+        if woven.backward is not None:
+            found["backward"] = woven.backward.print_readable(print_output=False)
+        found.update({f"{part}_skeleton": s.source for part, s in captured.skeletons.items()})
+        return found
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module.state_dict, with parameters as CPU copies in their compute dtype."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        copies: dict[int, torch.Tensor] = {}
+        for name, pid in self._lohan.params.aliases.items():
+            if prefix + name in state:
+                if pid not in copies:
+                    copies[pid] = self._lohan.read(pid)
+                state[prefix + name] = copies[pid]
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As nn.Module.load_state_dict; fp32 values are kept in full in the master weights.
+
+        Raises:
+            RuntimeError: keys or shapes do not match (see nn.Module.load_state_dict).
+        """
+        aliases = self._lohan.params.aliases
+        values: dict[int, torch.Tensor] = {}
+        rest: OrderedDict[str, Any] = OrderedDict()
+        wrong = []
+        for name, value in state_dict.items():
+            if name not in aliases:
+                rest[name] = value
+                continue
+            pid = aliases[name]
+            shape = tuple(self._lohan.params.stubs[pid].shape)
+            if tuple(value.shape) != shape:
+                wrong.append(f"{name}: {tuple(value.shape)} for {shape}")
+            values[pid] = value
+        missing = [name for name, pid in aliases.items() if pid not in values]
+        if wrong or (strict and missing):
+            problems = [f"shapes differ: {'; '.join(wrong)}"] if wrong else []
+            problems += [f"missing: {', '.join(missing[:5])}"] if missing and strict else []
+            raise RuntimeError(
+                f"cannot load this state into {type(self).__name__}: " + "; ".join(problems)
+            )
+        result = super().load_state_dict(rest, strict=False, assign=False)
+        buffers_missing = [key for key in result.missing_keys if key not in aliases]
+        if strict and (buffers_missing or result.unexpected_keys):
+            raise RuntimeError(
+                f"cannot load this state into {type(self).__name__}: missing {buffers_missing}, "
+                f"unexpected {result.unexpected_keys}"
+            )
+        for pid, value in values.items():
+            self._lohan.write(pid, value)
+        result.missing_keys[:] = buffers_missing + (missing if not strict else [])
+        return result
+
+    def close(self) -> None:
+        """Give back memory, pinned pages and files now. The parameters go with them."""
+        self._lohan.close()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradient accumulation over several backwards; not available yet.
+
+        Raises:
+            NotImplementedError: always, in this version.
+        """
+        raise NotImplementedError(
+            "gradient accumulation is not available in this version; use a larger batch (activations "
+            "are swapped, so it needs no more GPU memory than the plan says)"
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        raise LohanError(
+            "a compiled model's tensors stay where the plan puts them; give device= and dtype= to "
+            "lohan_fx.compile instead of calling .to()"
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        return self.to()
+
+
+def compile(
+    model: torch.nn.Module,
+    budget: str | int | Budget,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    overlap: str = "auto",
+    policy: Policy = "greedy",
+    plan: Plan | str | os.PathLike[str] | None = None,
+    hardware: machines.Hardware | str | None = None,
+    lowering: str = "inductor",
+    poison: bool = False,
+    bucket_numel: int | None = None,
+) -> Any:
+    """Make `model` train within a memory budget. Returns the same object, compiled.
+
+    The parameters' values move into the tiers that a plan chooses when the model is first called;
+    the model stays an `nn.Module` of its own class. Create `lohan_fx.AdamW(model.parameters())`
+    afterwards and train as usual.
+
+    Args:
+        budget: "gpu=24GB, dram=100GB, ssd=/mnt/nvme:800GB", a `Budget`, or GPU bytes alone as a
+            string or number. GB = 1e9, GiB = 2**30 bytes.
+        dtype: compute dtype (bfloat16 or float16 make 16-bit weights with fp32 masters kept from
+            the model's own values); None takes the model's dtype.
+        device: where to compute; None is CUDA where there is one, else the CPU, on which the GPU
+            tier is accounted memory.
+        overlap: when updates run: "auto", "backward", "next-forward", "serial" or "naive".
+        policy: who plans: "greedy", or a callable (Problem, Forced) -> Solution.
+        plan: replay this plan (an object or a JSON file) instead of solving.
+        hardware: rates to plan with, or a preset's name; None looks at this machine.
+        lowering: "inductor", or "aten" for plain ATen kernels (slower; any two plans give bit-equal
+            numbers).
+        poison: fill memory that may no longer be read with NaN (a debugging aid; CPU device).
+        bucket_numel: most parameters that move as one; None is right outside of tests.
+
+    Raises:
+        BudgetError: the budget cannot be read or used.
+        LohanError: an argument is out of range, or a parameter cannot be managed.
+    """
+    if isinstance(model, CompiledModel):
+        raise LohanError("this model is compiled already; build it anew to compile it differently")
+    settings = _settings(
+        model, budget, device, overlap, policy, plan, hardware, lowering, poison, bucket_numel
+    )
+    _check_dtype(dtype)
+    session = Session(model, dtype, settings)
+    base = type(model)
+    model.__class__ = type(
+        f"Lohan{base.__name__}", (CompiledModel, base), {"__module__": base.__module__}
+    )
+    object.__setattr__(model, "_lohan", session)
+    return model
+
+
+def make_plan(
+    model: torch.nn.Module,
+    budget: str | int | Budget,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    hardware: machines.Hardware | str | None = None,
+    dtype: torch.dtype | None = None,
+    policy: Policy = "greedy",
+    overlap: str = "auto",
+    lowering: str = "inductor",
+) -> Plan:
+    """The plan for one training step, without running it. `model` cannot be used afterwards.
+
+    No weight is read or allocated: the model may be on the meta device. Tensors are traced as CPU
+    tensors, so no GPU is needed.
+
+    Args:
+        example_inputs: keyword or positional arguments of the model, on the CPU; their values do not
+            matter, their shapes do.
+
+    Raises:
+        InfeasiblePlan: nothing fits; says the least that could, per tier.
+    """
+    settings = _settings(
+        model, budget, "cpu", overlap, policy, None, hardware, lowering, False, None, plan_only=True
+    )
+    _check_dtype(dtype)
+    session = Session(model, dtype, settings)
+    args, kwargs = (
+        ((), dict(example_inputs))
+        if isinstance(example_inputs, Mapping)
+        else (tuple(example_inputs), {})
+    )
+    model.train()
+    try:
+        with torch.enable_grad():
+            session.call(args, kwargs)
+    except PlanReady:
+        pass
+    finally:
+        session.close()
+        torch.compiler.reset()
+    plan = session.captured[-1].plan
+    assert plan is not None
+    return plan
+
+
+def _settings(
+    model: torch.nn.Module,
+    budget: str | int | Budget,
+    device: torch.device | str | None,
+    overlap: str,
+    policy: Policy,
+    plan: Plan | str | os.PathLike[str] | None,
+    hardware: machines.Hardware | str | None,
+    lowering: str,
+    poison: bool,
+    bucket_numel: int | None,
+    *,
+    plan_only: bool = False,
+) -> Settings:
+    for name, value, allowed in (("overlap", overlap, OVERLAPS), ("lowering", lowering, LOWERINGS)):
+        if value not in allowed:
+            raise LohanError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    where = _device(device)
+    rates = _hardware(hardware, where)
+    parsed = Budget.parse(budget)
+    if plan_only:
+        parsed = parsed.resolve(rates.machine())
+    else:
+        total = rates.gpu_memory_bytes
+        if where.type == "cuda":
+            total = torch.cuda.get_device_properties(where).total_memory
+            if parsed.gpu > total:
+                raise BudgetError(
+                    f"the budget gives the GPU {format_bytes(parsed.gpu)}, but {where} has "
+                    f"{format_bytes(total)}; lower gpu="
+                )
+        parsed = parsed.resolve(Machine.here(total))
+        for path, _ in parsed.ssd or ():
+            assert path is not None
+            check_directory(path)
+    assert parsed.dram is not None
+    if isinstance(plan, str | os.PathLike):
+        plan = Plan.from_json(Path(plan).read_text(encoding="utf-8"))
+    return Settings(
+        model_name=type(model).__name__,
+        device=where,
+        budget=parsed,
+        capacities=Capacities(parsed.gpu, parsed.dram, parsed.ssd_bytes),
+        hardware=rates,
+        overlap=overlap,
+        policy=policy,
+        lowering=lowering,
+        plan=plan,
+        plan_only=plan_only,
+        poison=poison,
+        bucket_numel=bucket_numel,
+    )
+
+
+def check_directory(path: Path) -> None:
+    """Raise BudgetError unless files can be made in `path`; leaves nothing behind."""
+    if not path.is_dir():
+        raise BudgetError(f"ssd={path}: no such directory; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise BudgetError(f"ssd={path}: cannot make files there ({error.strerror})") from error
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise LohanError(f"dtype is {dtype}; choose torch.bfloat16, torch.float16 or torch.float32")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    if where.type not in ("cuda", "cpu"):
+        raise LohanError(f"device is {device!r}; lohan_fx runs on cuda and cpu")
+    if where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise LohanError("device is 'cuda', but torch sees no CUDA device here")
+        if where.index is None:
+            where = torch.device("cuda", torch.cuda.current_device())
+    return where
+
+
+def _hardware(hardware: machines.Hardware | str | None, device: torch.device) -> machines.Hardware:
+    if isinstance(hardware, machines.Hardware):
+        return hardware
+    if isinstance(hardware, str):
+        return machines.load(hardware)
+    if device.type == "cpu":
+        return machines.detect()
+    return machines.nearest(torch.cuda.get_device_name(device))
+
+
+__all__ = ["CompiledModel", "check_directory", "compile", "make_plan"]

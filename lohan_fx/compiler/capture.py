@@ -1,0 +1,302 @@
+"""The torch.compile backend: one traced step in, a running skeleton out.
+
+    Dynamo graph -> AOTAutograd joint graph -> stages, candidates -> the host decides -> split ->
+    weave -> check -> lower
+
+The host (the session behind a compiled model) knows parameters, budget and runtime; this module
+knows graphs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import _recursive_joint_graph_passes
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+
+from lohan_fx.errors import CaptureError
+from lohan_fx.params import owner_of
+from lohan_fx.program import Tier
+
+from .partition import Candidate, Joint, backward_nodes, find_candidates, split
+from .region_compilers import AtenCompiler, InductorCompiler, RegionCompiler
+from .skeleton import Skeleton, lower
+from .stages import StageInfo, assign_stages
+from .weave import Layout, Windows, Woven, check_moves, weave_inference, weave_training
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the host wants done with one captured step.
+
+    `number` is the runtime's for its ops, `index` the program's. `saved` and `swapped` are indices
+    of candidates; a swapped one is saved too.
+    """
+
+    number: int
+    index: int
+    layout: Layout
+    saved: frozenset[int]
+    swapped: Mapping[int, Tier]
+    windows: Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A captured forward (and backward), annotated with stages, before any decision."""
+
+    joint: Joint
+    stages: tuple[StageInfo, ...]
+    candidates: tuple[Candidate, ...]
+
+
+class Host(Protocol):
+    """Who owns the parameters and decides; see api.Session."""
+
+    device: torch.device
+    lowering: str
+    names: Sequence[str]
+    trainable: frozenset[int]
+
+    def owns(self, param: torch.Tensor) -> int | None: ...
+    def decide(self, traced: Traced) -> Decision: ...
+    def accept(self, woven: Woven) -> None: ...
+    def keep(self, index: int, part: str, skeleton: Skeleton) -> None: ...
+    def prepare(self, index: int) -> None: ...
+
+
+class Backend:
+    """Pass this to torch.compile. One per compiled model."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._compiler: RegionCompiler = (
+            InductorCompiler() if host.lowering == "inductor" else AtenCompiler()
+        )
+
+    def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        host = self._host
+        self._check_inputs(module, example_inputs)
+        param_index = {
+            position: pid
+            for position, value in enumerate(example_inputs)
+            if isinstance(value, torch.Tensor) and (pid := host.owns(value)) is not None
+        }
+        context = torch._guards.TracingContext.try_get()
+        assert context is not None and context.fake_mode is not None
+        step = _Step(host, self._compiler, param_index, context.fake_mode)
+        compiled = aot_autograd(
+            partition_fn=step.partition,
+            fw_compiler=step.compile_forward,
+            bw_compiler=step.compile_backward,
+            inference_compiler=step.compile_inference,
+            decompositions=select_decomp_table() if host.lowering == "inductor" else {},
+            keep_inference_input_mutations=True,
+        )(module, example_inputs)
+        return compiled  # type: ignore[no-any-return]
+
+    def _check_inputs(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        placeholders = module.graph.find_nodes(op="placeholder")
+        for node, value in zip(placeholders, example_inputs, strict=False):
+            if isinstance(value, torch.SymInt | torch.SymFloat):
+                raise CaptureError(
+                    f"input {node.name!r} has a symbolic size; call with fixed shapes"
+                )
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                continue
+            if value.device.type != self._host.device.type:
+                source = node.meta.get("grapharg")
+                name = (
+                    source.source.name()
+                    if source is not None and callable(getattr(source.source, "name", None))
+                    else node.name
+                )
+                raise CaptureError(
+                    f"{name} (shape {tuple(value.shape)}) is on {value.device}, the step runs on "
+                    f"{self._host.device}; move it there before the call: x.to({str(self._host.device)!r})"
+                )
+
+
+class _Step:
+    """One capture on its way through AOTAutograd's callbacks."""
+
+    def __init__(
+        self,
+        host: Host,
+        compiler: RegionCompiler,
+        param_index: Mapping[int, int],
+        fake_mode: Any,
+    ) -> None:
+        self._host = host
+        self._compiler = compiler
+        self._param_index = param_index
+        self._fake_mode = fake_mode
+        self._index = -1
+
+    def partition(
+        self, module: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        options.pop("compiler", None)
+        host = self._host
+        if host.lowering == "inductor":
+            module = self._joint_passes(module)
+        stages = assign_stages(module.graph)
+        joint = Joint(
+            module=module,
+            inputs=inputs,
+            num_forward_outputs=num_fwd_outputs,
+            param_of=self._params(module.graph),
+            options=options,
+        )
+        candidates = tuple(find_candidates(joint))
+        decision = host.decide(Traced(joint, stages, candidates))
+        saved = [node for c in candidates if c.index in decision.saved for node in c.nodes]
+        forward, backward = split(joint, saved)
+        inherit_stages(backward.graph)
+        woven = weave_training(
+            forward,
+            backward,
+            index=decision.index,
+            number=decision.number,
+            num_forward_outputs=num_fwd_outputs,
+            param_index=self._param_index,
+            layout=decision.layout,
+            swapped={
+                node.name: decision.swapped[c.index]
+                for c in candidates
+                if c.index in decision.swapped
+                for node in c.nodes
+            },
+            windows=decision.windows,
+            trainable=host.trainable,
+            handle_like=self._handle(),
+            param_names=host.names,
+        )
+        check_moves(woven)
+        self._index = decision.index
+        host.accept(woven)
+        assert woven.backward is not None
+        return woven.forward, woven.backward
+
+    def compile_forward(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return self._run(module, "forward", prepare=True)
+
+    def compile_backward(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return self._run(module, "backward", prepare=False)
+
+    def compile_inference(
+        self, module: fx.GraphModule, inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        stages = assign_stages(module.graph)
+        joint = Joint(
+            module=module,
+            inputs=inputs,
+            num_forward_outputs=len(module.graph.output_node().args[0]),  # type: ignore[arg-type]
+            param_of=self._params(module.graph),
+            options={},
+        )
+        decision = self._host.decide(Traced(joint, stages, ()))
+        woven = weave_inference(
+            module,
+            index=decision.index,
+            number=decision.number,
+            param_index=self._param_index,
+            layout=decision.layout,
+            windows=decision.windows,
+            handle_like=self._handle(),
+            param_names=self._host.names,
+        )
+        check_moves(woven)
+        self._index = decision.index
+        self._host.accept(woven)
+        return self._run(woven.forward, "forward", prepare=True)
+
+    def _run(self, module: fx.GraphModule, part: str, *, prepare: bool) -> Callable[..., Any]:
+        host, index = self._host, self._index
+        skeleton = lower(module, self._compiler, self._fake_mode)
+        host.keep(index, part, skeleton)
+        if not prepare:
+            return skeleton
+        expected = tuple(self._param_index.items())
+
+        def run(args: list[Any]) -> Any:
+            # Dynamo may run this code for another Parameter object than it was planned for.
+            for position, pid in expected:
+                if host.owns(args[position]) != pid:
+                    raise CaptureError(
+                        f"parameter {host.names[pid]!r} was replaced after lohan_fx.compile; set "
+                        "values with load_state_dict instead of assigning a new Parameter"
+                    )
+            host.prepare(index)
+            return skeleton(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def _params(self, graph: fx.Graph) -> dict[fx.Node, int]:
+        found = {}
+        for node in graph.find_nodes(op="placeholder"):
+            desc = node.meta.get("desc")
+            if type(desc).__name__ in ("PlainAOTInput", "ParamAOTInput"):
+                pid = self._param_index.get(desc.idx)
+                if pid is not None:
+                    found[node] = pid
+        return found
+
+    def _handle(self) -> torch.Tensor:
+        with self._fake_mode:
+            return torch.empty(1, dtype=torch.int64)
+
+    def _joint_passes(self, module: fx.GraphModule) -> fx.GraphModule:
+        """Inductor's own passes over the joint graph: dropout as seeds, pattern matches."""
+        options: dict[str, Any] = {"skip_invoke_subgraph": True}
+        if "input_device" in inspect.signature(_recursive_joint_graph_passes).parameters:
+            options["input_device"] = self._host.device
+        with V.set_fake_mode(self._fake_mode):
+            result = _recursive_joint_graph_passes(module, **options)
+        return module if result is None else result
+
+
+def inherit_stages(backward: fx.Graph) -> None:
+    """Give forward nodes that run again in backward the stage of their first reader there.
+
+    The partitioner puts them right before that reader, so stages stay in order along the graph.
+    """
+    depends_on_tangents = backward_nodes(backward)
+    for node in reversed(list(backward.nodes)):
+        if node.op != "call_function" or node in depends_on_tangents:
+            continue
+        stages = [user.meta["lohan_stage"] for user in node.users if "lohan_stage" in user.meta]
+        if stages:
+            node.meta["lohan_stage"] = max(stages)
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """The error that was raised inside of a backend, under what Dynamo wrapped around it."""
+    inner = getattr(error, "inner_exception", None)
+    return error if inner is None else unwrap(inner)
+
+
+def graph_break_line(error: BaseException) -> str:
+    """ "file:line" of the user's code that could not be captured; "" where unknown."""
+    stack = getattr(error, "real_stack", None)
+    frames = [f for f in stack or () if "/torch/" not in f.filename]
+    if not frames:
+        return ""
+    return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}: {frames[-1].line}"
+
+
+def owned(host: object, param: torch.Tensor) -> int | None:
+    """The number of `param` where `host` manages it."""
+    found = owner_of(param)
+    return found[1] if found is not None and found[0] is host else None

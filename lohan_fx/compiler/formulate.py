@@ -1,0 +1,296 @@
+"""From a joint graph to a planner Problem: buckets, stages with seconds and bytes, activations.
+
+Times come from a roofline, max(FLOPs / rate, bytes / bandwidth) per node, of the given hardware.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from lohan_fx import program as program_types
+from lohan_fx.hardware import Hardware
+from lohan_fx.planner import Activation, Capacities, Overlap, Problem, Stage
+from lohan_fx.planner import Bucket as BucketItem
+
+from .partition import Candidate, Joint, backward_nodes, param_derived, recompute_closure
+from .stages import StageInfo, node_bytes, node_flops
+from .values import dtype_name, readers, storage_root, storage_span_bytes, tensor_of, views_of
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """A roofline: how long nodes take on a GPU of the given rates."""
+
+    hardware: Hardware
+
+    def of(self, nodes: Iterable[fx.Node]) -> float:
+        total = 0.0
+        for node in nodes:
+            value = tensor_of(node)
+            dtype = dtype_name(value.dtype) if value is not None else "float32"
+            compute = node_flops(node) / self.hardware.flops(dtype)
+            traffic = 0.0
+            if compute > 0 or _materialised_alone(node):
+                traffic = node_bytes(node) / self.hardware.gpu_bytes_per_s
+            total += max(compute, traffic)
+        return total
+
+
+def formulate_training(
+    joint: Joint,
+    stages: Sequence[StageInfo],
+    candidates: Sequence[Candidate],
+    buckets: Sequence[program_types.Bucket],
+    *,
+    hardware: Hardware,
+    capacities: Capacities,
+    overlap: Overlap,
+    fused: bool,
+    margin_bytes: int,
+) -> Problem:
+    """The Problem of one training step.
+
+    Args:
+        fused: regions are compiled by Inductor, so that chains of pointwise ops leave no temporaries.
+        margin_bytes: GPU bytes to leave to the allocator and to libraries' workspaces.
+    """
+    graph = joint.graph
+    backward = backward_nodes(graph)
+    derived = param_derived(joint)
+    seconds = Seconds(hardware)
+    compute = [n for n in graph.nodes if n.op == "call_function"]
+    forward_of: list[list[fx.Node]] = [[] for _ in stages]
+    backward_of: list[list[fx.Node]] = [[] for _ in stages]
+    for node in compute:
+        (backward_of if node in backward else forward_of)[node.meta["lohan_stage"]].append(node)
+
+    activations = _activations(joint, candidates, backward, derived, seconds)
+    saved_roots = {node for candidate in candidates for node in candidate.nodes}
+    returned, tangents = _boundary_bytes(joint, saved_roots)
+    rows = []
+    for info, fw, bw in zip(stages, forward_of, backward_of, strict=True):
+        last = info.index == len(stages) - 1
+        rows.append(
+            Stage(
+                index=info.index,
+                name=info.name,
+                kind=info.kind,
+                forward_s=seconds.of(fw),
+                backward_s=seconds.of(bw),
+                forward_workspace_bytes=workspace_bytes(fw, derived, fused=fused),
+                backward_workspace_bytes=workspace_bytes(bw, derived, fused=fused)
+                + (tangents if last else 0),
+            )
+        )
+    inputs = sum(
+        storage_span_bytes(value)
+        for node in graph.find_nodes(op="placeholder")
+        if node not in joint.param_of
+        and "tangents" not in str(node.target)
+        and (value := tensor_of(node)) is not None
+    )
+    return Problem(
+        capacities=capacities,
+        lanes=hardware.lanes(),
+        stages=tuple(rows),
+        buckets=_bucket_items(joint, buckets, backward),
+        activations=tuple(activations),
+        fixed_gpu_bytes=inputs + returned,
+        gpu_margin_bytes=margin_bytes,
+        gpu_adam_workspace_bytes=max((4 * b.numel for b in buckets if b.trainable), default=0),
+        overlap=overlap,
+    )
+
+
+def _bucket_items(
+    joint: Joint, buckets: Sequence[program_types.Bucket], backward: set[fx.Node]
+) -> tuple[BucketItem, ...]:
+    """Which stages read each bucket, and where its last gradient is final."""
+    reads: tuple[dict[int, set[int]], dict[int, set[int]]] = ({}, {})
+    for placeholder, pid in joint.param_of.items():
+        for user in (*readers(placeholder), *views_of(placeholder)):
+            if user.op == "call_function":
+                stage = user.meta["lohan_stage"]
+                reads[user in backward].setdefault(pid, set()).add(stage)
+                # A forward op may run again in the backward of its stage.
+                reads[True].setdefault(pid, set()).add(stage)
+    grad_stage: dict[int, int] = {}
+    output = joint.graph.output_node()
+    for node, desc in zip(output.args[0], output.meta["desc"], strict=True):  # type: ignore[arg-type]
+        index = getattr(getattr(desc, "grad_of", None), "idx", None)
+        for placeholder, pid in joint.param_of.items():
+            if isinstance(node, fx.Node) and placeholder.meta["desc"].idx == index:
+                grad_stage[pid] = node.meta.get("lohan_stage", 0)
+    items = []
+    for bucket in buckets:
+        pids = [spec.pid for spec in bucket.params]
+        final = [grad_stage[pid] for pid in pids if pid in grad_stage]
+        itemsize = program_types.DTYPE_BYTES[bucket.dtype]
+        items.append(
+            BucketItem(
+                index=bucket.index,
+                name=bucket.name,
+                numel=bucket.numel,
+                weight_bytes=bucket.weight_bytes,
+                grad_bytes=bucket.numel * itemsize if bucket.trainable else 0,
+                state_bytes=bucket.state_bytes,
+                has_master=bucket.has_master,
+                forward_stages=_stages_of(pids, reads[False]),
+                backward_stages=_stages_of(pids, reads[True]),
+                grad_stage=min(final, default=0) if bucket.trainable else None,
+            )
+        )
+    return tuple(items)
+
+
+def _stages_of(pids: Sequence[int], reads: Mapping[int, set[int]]) -> tuple[int, ...]:
+    return tuple(sorted(set().union(*(reads.get(pid, set()) for pid in pids))))
+
+
+def _activations(
+    joint: Joint,
+    candidates: Sequence[Candidate],
+    backward: set[fx.Node],
+    derived: set[fx.Node],
+    seconds: Seconds,
+) -> list[Activation]:
+    owner = {node: c.index for c in candidates for node in c.nodes}
+    saved = set(owner)
+    items = []
+    closures = [recompute_closure(c, saved, derived) for c in candidates]
+    # Where a value is read in backward: by backward nodes, and by forward nodes that run again.
+    for candidate, (run, needs) in zip(candidates, closures, strict=True):
+        own = candidate.nodes[0].meta["lohan_stage"]
+        forward_last, backward_reads = own, set()
+        for node in candidate.nodes:
+            for user in (*readers(node), *views_of(node)):
+                if user.op != "call_function":
+                    continue
+                stage = user.meta["lohan_stage"]
+                backward_reads.add(stage)
+                if user not in backward:
+                    forward_last = max(forward_last, stage)
+        value = tensor_of(candidate.nodes[0])
+        items.append(
+            Activation(
+                index=candidate.index,
+                name=candidate.name,
+                bytes=candidate.nbytes,
+                forward_stage=own,
+                last_forward_stage=forward_last,
+                first_backward_stage=max(backward_reads | {own}),
+                last_backward_stage=min(backward_reads | {own}),
+                recompute_s=seconds.of(run) if candidate.can_recompute else 0.0,
+                needs=tuple(sorted({owner[node] for node in needs}))
+                if candidate.can_recompute
+                else (),
+                can_recompute=candidate.can_recompute,
+                can_swap=candidate.can_swap,
+                shape=tuple(value.shape) if value is not None else (),
+                dtype=dtype_name(value.dtype) if value is not None else "",
+            )
+        )
+    return items
+
+
+def _boundary_bytes(joint: Joint, saved_roots: set[fx.Node]) -> tuple[int, int]:
+    """(bytes of results that the caller holds and no activation counts, bytes of tangents)."""
+    outputs = joint.graph.output_node().args[0]
+    roots = {
+        storage_root(node)
+        for node in outputs[: joint.num_forward_outputs]  # type: ignore[index,union-attr]
+        if isinstance(node, fx.Node)
+    }
+    returned = sum(
+        storage_span_bytes(value)
+        for root in roots
+        if root.op == "call_function"
+        and root not in saved_roots
+        and (value := tensor_of(root)) is not None
+    )
+    tangents = sum(
+        storage_span_bytes(value)
+        for node in joint.graph.find_nodes(op="placeholder")
+        if "tangents" in str(node.target) and (value := tensor_of(node)) is not None
+    )
+    return returned, tangents
+
+
+# Ops whose inputs and outputs exist in memory however well everything around them is fused.
+def _is_extern(node: fx.Node) -> bool:
+    return node_flops(node) > 0 or _materialised_alone(node)
+
+
+_ALONE = (
+    "embedding",
+    "index",
+    "scatter",
+    "gather",
+    "sort",
+    "cumsum",
+    "dropout",
+    "topk",
+    "slice_scatter",
+    "cat",
+    "nll_loss",
+    "native_batch_norm",
+    "max_pool",
+    "upsample",
+)
+
+
+def _materialised_alone(node: fx.Node) -> bool:
+    name = getattr(node.target, "_opname", "")
+    return any(part in name for part in _ALONE)
+
+
+def _is_reduction(node: fx.Node) -> bool:
+    value = tensor_of(node)
+    if value is None:
+        return False
+    largest = max(
+        (t.numel() for a in node.all_input_nodes if (t := tensor_of(a)) is not None), default=0
+    )
+    return value.numel() * 4 <= largest and value.numel() > 0
+
+
+def workspace_bytes(nodes: Sequence[fx.Node], derived: set[fx.Node], *, fused: bool) -> int:
+    """Peak of what `nodes`, run in order, hold at once beyond what exists before them.
+
+    With `fused`, a pointwise result that only pointwise ops and reductions of the same run read is
+    assumed never to reach memory.
+    """
+    position = {node: index for index, node in enumerate(nodes)}
+    delta = [0] * (len(nodes) + 1)
+    for node in nodes:
+        value = tensor_of(node)
+        if value is None or storage_root(node) is not node or node in derived:
+            continue
+        uses = readers(node)
+        inside = [position[user] for user in uses if user in position]
+        leaves = len(inside) < len(uses) or not uses
+        if fused and not leaves:
+            producer_extern = _is_extern(_source_op(node)) or _is_reduction(node)
+            if not producer_extern and not any(_is_extern(user) for user in uses):
+                continue
+        last = len(nodes) - 1 if leaves else max(inside)
+        nbytes = -(-storage_span_bytes(value) // 512) * 512
+        delta[position[node]] += nbytes
+        delta[last + 1] -= nbytes
+    peak = live = 0
+    for change in delta:
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def _source_op(node: fx.Node) -> fx.Node:
+    if node.target is operator.getitem:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    return node

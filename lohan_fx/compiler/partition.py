@@ -1,0 +1,255 @@
+"""Which activations may be saved for backward, and the split of a joint graph for a given choice.
+
+The min-cut partitioner of functorch is asked twice: once without hints, for the values that are worth
+saving when memory is plenty (what is cheap to recompute inside a fused kernel is not among them); and
+once with every forward node tagged, so that exactly the chosen values are saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .values import is_dense, storage_root, storage_span_bytes, tensor_of, view_source, views_of
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One op's results that backward may need: kept, swapped or recomputed together.
+
+    `can_recompute` is False for values that cross a stage, random ones and attention outputs;
+    `can_swap` for those that cannot be copied as a block of bytes or that the caller also holds.
+    """
+
+    index: int
+    nodes: tuple[fx.Node, ...]
+    nbytes: int
+    can_recompute: bool
+    can_swap: bool
+
+    @property
+    def name(self) -> str:
+        return self.nodes[0].name
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """A joint forward and backward graph with what is known about its inputs and outputs."""
+
+    module: fx.GraphModule
+    inputs: Sequence[Any]
+    num_forward_outputs: int
+    param_of: dict[fx.Node, int]  # placeholder -> pid of the managed parameter
+    options: dict[str, Any]  # passed through to the partitioner
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+
+def backward_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on a tangent."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
+        if is_tangent or (
+            node.op != "placeholder" and any(a in found for a in node.all_input_nodes)
+        ):
+            found.add(node)
+    return found
+
+
+def param_derived(joint: Joint) -> set[fx.Node]:
+    """Managed parameters, their views and their casts: re-fetched in backward, never saved."""
+    derived: set[fx.Node] = set(joint.param_of)
+    casts = {torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default}
+    for node in joint.graph.nodes:
+        if node.op != "call_function":
+            continue
+        source = view_source(node)
+        if source is None and node.target in casts:
+            source = node.args[0]
+        if source in derived:
+            derived.add(node)
+    return derived
+
+
+def is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def find_candidates(joint: Joint) -> list[Candidate]:
+    """Everything worth saving, in forward order.
+
+    To the values of the unconstrained min cut are added those that cross from one stage into
+    another, so that recomputing anything never reaches beyond its own stage.
+    """
+    graph = joint.graph
+    backward = backward_nodes(graph)
+    derived = param_derived(joint)
+    by_name = {node.name: node for node in graph.nodes}
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    output = graph.output_node()
+    returned = {
+        storage_root(node)
+        for node in output.args[0][: joint.num_forward_outputs]  # type: ignore[index,union-attr]
+        if isinstance(node, fx.Node)
+    }
+    needed = _needed_by_backward(graph, backward, derived)
+
+    chosen: dict[fx.Node, bool] = {}  # storage owner -> may be recomputed
+    for name in _default_saved(joint):
+        node = by_name.get(name)
+        if node is None:
+            continue
+        root = storage_root(node)
+        if root.op == "call_function" and root not in derived and root not in backward:
+            chosen[root] = True
+    constant = _constants(graph)
+    for node in graph.nodes:
+        if node.op != "call_function" or node in backward or node in derived or node not in needed:
+            continue
+        if tensor_of(node) is None or view_source(node) is not None or node in constant:
+            continue
+        if _crosses(node, backward):
+            chosen[node] = False
+    for node in graph.nodes:
+        if node.op == "call_function" and is_random(node) and node not in backward:
+            outputs = [node] if tensor_of(node) is not None else list(node.users)
+            for result in outputs:
+                if result in needed and result not in derived:
+                    chosen[result] = False
+
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    for node in sorted(chosen, key=order.__getitem__):
+        groups.setdefault(_producer(node), []).append(node)
+    candidates = []
+    for index, nodes in enumerate(groups.values()):
+        tensors = [t for node in nodes if (t := tensor_of(node)) is not None]
+        candidates.append(
+            Candidate(
+                index=index,
+                nodes=tuple(nodes),
+                nbytes=sum(storage_span_bytes(t) for t in tensors),
+                can_recompute=all(chosen[node] for node in nodes),
+                can_swap=all(is_dense(t) and t.numel() > 0 for t in tensors)
+                and not any(node in returned for node in nodes),
+            )
+        )
+    return candidates
+
+
+def recompute_closure(
+    candidate: Candidate, saved: set[fx.Node], derived: set[fx.Node]
+) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What recomputing a candidate alone takes.
+
+    Returns (nodes run again, other candidates' nodes that must be present). Inputs of the graph and
+    parameters are always present.
+    """
+    run: set[fx.Node] = set()
+    needs: set[fx.Node] = set()
+    stack = list(candidate.nodes)
+    while stack:
+        node = stack.pop()
+        if node in run:
+            continue
+        run.add(node)
+        for source in node.all_input_nodes:
+            if source.op == "placeholder" or source in derived:
+                continue
+            if source in saved and source not in candidate.nodes:
+                needs.add(source)
+            else:
+                stack.append(source)
+    return run, needs
+
+
+def split(joint: Joint, saved: Iterable[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The forward and backward graphs in which exactly `saved` (and inputs) go across.
+
+    `saved` are storage owners of the forward. What backward does not need of them is not saved.
+    """
+    keep = set(saved)
+    backward = backward_nodes(joint.graph)
+    for node in joint.graph.nodes:
+        if node.op != "call_function" or node in backward:
+            continue
+        must_save = node in keep or is_random(node)
+        policy = CheckpointPolicy.MUST_SAVE if must_save else CheckpointPolicy.MUST_RECOMPUTE
+        node.meta["recompute"] = policy
+        node.meta["ac_graph_id"] = 0
+    return _min_cut(joint.module, joint)
+
+
+def _min_cut(module: fx.GraphModule, joint: Joint) -> tuple[fx.GraphModule, fx.GraphModule]:
+    return min_cut_rematerialization_partition(  # type: ignore[no-any-return]
+        module, joint.inputs, num_fwd_outputs=joint.num_forward_outputs, **joint.options
+    )
+
+
+def _default_saved(joint: Joint) -> list[str]:
+    """Names of what the partitioner saves by itself (parameters' views excepted by a tag)."""
+    trial = copy.deepcopy(joint.module)
+    derived = {node.name for node in param_derived(joint)}
+    for node in trial.graph.nodes:
+        if node.op == "call_function" and node.name in derived:
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta["ac_graph_id"] = 0
+    forward, _ = _min_cut(trial, joint)
+    outputs = forward.graph.output_node().args[0]
+    return [
+        node.name
+        for node in outputs[joint.num_forward_outputs :]  # type: ignore[index,union-attr]
+        if isinstance(node, fx.Node)
+    ]
+
+
+def _needed_by_backward(
+    graph: fx.Graph, backward: set[fx.Node], derived: set[fx.Node]
+) -> set[fx.Node]:
+    """Forward nodes that some backward node depends on, directly or by recomputation."""
+    needed: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        if node in backward or node in needed:
+            if node in derived and node not in backward:
+                continue
+            needed.update(a for a in node.all_input_nodes if a not in backward)
+    return needed
+
+
+def _crosses(node: fx.Node, backward: set[fx.Node]) -> bool:
+    """True where a later stage of the forward reads the value."""
+    stage = node.meta["lohan_stage"]
+    return any(
+        user.op == "call_function" and user not in backward and user.meta["lohan_stage"] != stage
+        for view in views_of(node)
+        for user in view.users
+    )
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on no input: positions, masks. Any stage can make them again by itself."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and not is_random(node) and found.issuperset(inputs):
+            found.add(node)
+    return found
+
+
+def _producer(node: fx.Node) -> fx.Node:
+    if node.target is operator.getitem:
+        producer = node.args[0]
+        assert isinstance(producer, fx.Node)
+        return producer
+    return node

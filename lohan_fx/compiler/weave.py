@@ -1,0 +1,568 @@
+"""Put the plan into forward and backward graphs as lohan ops.
+
+A graph is rebuilt in one walk. Where each move goes is decided beforehand as an `Insertion`: "before
+the compute node at this position". At one position, what ends comes first, then what starts ahead of
+time, then what must have arrived:
+
+    release, offload, offload_wait   values whose last reader has just been passed
+    fetch, reload                    copies issued ahead of their use
+    wait, reload_wait                values the next node reads
+
+[Note: windows] A copy is issued as early as a window in bytes allows: value j is fetched just before
+the wait of value i when the values after i up to and including j fit the window. So the bytes that
+have been issued and not waited for never exceed the window (or one value, where that is larger).
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from lohan_fx import ops
+from lohan_fx.errors import CaptureError, PassError
+from lohan_fx.program import Bucket, Move, Program, Slot, Tier
+
+from .values import (
+    dtype_name,
+    readers,
+    storage_root,
+    storage_span_bytes,
+    tensor_of,
+    view_source,
+    views_of,
+)
+
+
+class Phase(enum.IntEnum):
+    """Order of moves at one position; see the module docstring."""
+
+    ENDS = 0
+    AHEAD = 1
+    ARRIVES = 2
+
+
+@dataclass(slots=True)
+class Insertion:
+    position: int
+    phase: Phase
+    sequence: int
+    op: str
+    arg: int
+    tensor: fx.Node | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Bytes that may be on their way at once, by kind of move; see [Note: windows]."""
+
+    fetch_bytes: int
+    reload_bytes: int
+    offload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where parameters are: the buckets, and which of them are on the GPU for good."""
+
+    buckets: tuple[Bucket, ...]
+    resident: frozenset[int]
+    # Resident buckets that the CPU updates: their forward wait may block, so it stays at the use.
+    refreshed: frozenset[int]
+
+    def place_of(self) -> dict[int, tuple[int, int]]:
+        """pid -> (bucket, position in the bucket)."""
+        return {
+            spec.pid: (bucket.index, position)
+            for bucket in self.buckets
+            for position, spec in enumerate(bucket.params)
+        }
+
+
+@dataclass(slots=True)
+class Weaver:
+    """Collects the moves of one graph, then rebuilds it with them."""
+
+    graph: fx.Graph
+    number: int  # the runtime's
+    compute: list[fx.Node] = field(default_factory=list)
+    position: dict[fx.Node, int] = field(default_factory=dict)
+    insertions: list[Insertion] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.compute = [n for n in self.graph.nodes if n.op not in ("placeholder", "output")]
+        self.position = {node: index for index, node in enumerate(self.compute)}
+
+    @property
+    def end(self) -> int:
+        return len(self.compute)
+
+    def insert(
+        self, position: int, phase: Phase, op: str, arg: int, tensor: fx.Node | None = None
+    ) -> None:
+        self.insertions.append(Insertion(position, phase, len(self.insertions), op, arg, tensor))
+
+    def stage_start(self, position: int) -> int:
+        """The first position of the run of nodes of one stage that `position` is in."""
+        stage = self.compute[position].meta.get("lohan_stage")
+        while position > 0 and self.compute[position - 1].meta.get("lohan_stage") == stage:
+            position -= 1
+        return position
+
+    def stage_end(self, position: int) -> int:
+        """Past the last position of the run of nodes of one stage that `position` is in."""
+        stage = self.compute[position].meta.get("lohan_stage")
+        while position < self.end and self.compute[position].meta.get("lohan_stage") == stage:
+            position += 1
+        return position
+
+    def issue_ahead(self, op: str, waits: Sequence[tuple[int, int, int]], window: int) -> None:
+        """Insert the start of each (position, arg, nbytes), given in wait order; [Note: windows]."""
+        first, ahead = 0, 0
+        for index, (_, arg, nbytes) in enumerate(waits):
+            ahead += nbytes
+            while first < index and ahead > window:
+                ahead -= waits[first][2]
+                first += 1
+            # Everything in waits[first:index + 1] may be on its way together, so this one starts
+            # once what came before waits[first] has been waited for.
+            position = 0 if first == 0 and ahead <= window else waits[first][0]
+            self.insert(position, Phase.AHEAD, op, arg)
+
+    def parameters(
+        self, param_of: Mapping[fx.Node, int], layout: Layout, window: int, *, backward: bool
+    ) -> None:
+        """Fetch, wait and release for every bucket that this graph reads."""
+        place = layout.place_of()
+        spans: dict[int, tuple[int, int]] = {}
+        for placeholder, pid in param_of.items():
+            users = [u for u in placeholder.users if u.op != "output"]
+            if not users:
+                continue
+            bucket = place[pid][0]
+            first = min(self.position[user] for user in users)
+            uses = [
+                *users,
+                *readers(placeholder),
+                *(v for v in views_of(placeholder) if v is not placeholder),
+            ]
+            last = max(self.position[use] for use in uses)
+            low, high = spans.get(bucket, (first, last))
+            spans[bucket] = (min(low, first), max(high, last))
+        waits = []
+        for bucket, (first, last) in spans.items():
+            resident = bucket in layout.resident
+            early = resident and (backward or bucket not in layout.refreshed)
+            nbytes = 0 if resident else layout.buckets[bucket].weight_bytes
+            waits.append((0 if early else first, bucket, nbytes))
+            # A resident bucket has no memory to give back: leave the region whole.
+            end = self.stage_end(last) if resident else last + 1
+            self.insert(end, Phase.ENDS, "release", bucket)
+        waits.sort()
+        self.issue_ahead("fetch", waits, window)
+        for position, bucket, _ in waits:
+            self.insert(position, Phase.ARRIVES, "wait", bucket)
+
+    def offloads(self, slots: Sequence[tuple[Slot, fx.Node]], window: int) -> None:
+        """Move swapped activations out at the end of the stage that reads them last."""
+        leaving = []
+        for slot, node in slots:
+            last = max(
+                (
+                    self.position[use]
+                    for use in (*readers(node), *views_of(node))
+                    if use in self.position
+                ),
+            )
+            leaving.append((self.stage_end(last), slot, node))
+        leaving.sort(key=lambda item: (item[0], item[1].index))
+        in_flight: list[Slot] = []
+        for position, slot, node in leaving:
+            while in_flight and sum(s.nbytes for s in in_flight) + slot.nbytes > window:
+                self.insert(position, Phase.ENDS, "offload_wait", in_flight.pop(0).index)
+            self.insert(position, Phase.ENDS, "offload", slot.index, node)
+            in_flight.append(slot)
+        for slot in in_flight:
+            self.insert(self.end, Phase.ENDS, "offload_wait", slot.index)
+
+    def reloads(self, slots: Sequence[tuple[Slot, fx.Node]], window: int) -> None:
+        """Bring swapped activations back by the start of the stage that reads them first."""
+        waits = []
+        for slot, placeholder in slots:
+            first = min(self.position[user] for user in placeholder.users if user.op != "output")
+            waits.append((self.stage_start(first), slot.index, slot.nbytes))
+        waits.sort()
+        self.issue_ahead("reload", waits, window)
+        for position, index, _ in waits:
+            self.insert(position, Phase.ARRIVES, "reload_wait", index)
+
+    def gradients(self, gradient_of: Mapping[int, fx.Node]) -> None:
+        """Hand every parameter's gradient over right after it is computed."""
+        for pid, node in gradient_of.items():
+            after = self.position[node] + 1 if node in self.position else 0
+            self.insert(after, Phase.ENDS, "grad", pid, node)
+
+    def rebuild(
+        self,
+        *,
+        placeholders: Sequence[fx.Node],
+        begin: tuple[str, int] | None,
+        handle_like: torch.Tensor | None,
+        param_of: Mapping[fx.Node, int],
+        layout: Layout,
+        slot_nodes: Mapping[int, fx.Node],
+        outputs: Sequence[fx.Node | None],
+        returns_handle: bool,
+    ) -> tuple[fx.Graph, tuple[Move, ...]]:
+        """The graph with its moves, and the moves in order.
+
+        `begin` is ("begin", program) for a forward; a backward takes the handle as its last
+        placeholder before the tangents, which the caller has put in `placeholders` as None.
+        """
+        place = layout.place_of()
+        pid_node = {pid: node for node, pid in param_of.items()}
+        new = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        handle: fx.Node | None = None
+        for node in placeholders:
+            if node is None:
+                handle = new.placeholder("lohan_handle")
+                handle.meta["val"] = handle_like
+            else:
+                env[node] = new.node_copy(node, lambda n: env[n])
+        if begin is not None:
+            handle = self._call(new, begin[0], begin[1])
+            handle.meta["val"] = handle_like
+        elif handle is not None:
+            opened = new.call_function(
+                torch.ops.lohan.begin_backward.default, (self.number, handle)
+            )
+            opened.meta["val"] = None
+        moves: list[Move] = []
+        at: dict[int, list[Insertion]] = {}
+        for insertion in self.insertions:
+            at.setdefault(insertion.position, []).append(insertion)
+
+        def emit(position: int) -> None:
+            for insertion in sorted(at.get(position, ()), key=lambda i: (i.phase, i.sequence)):
+                tensor = insertion.tensor
+                source = None if tensor is None else env[tensor]
+                if insertion.op == "grad" and tensor is not None:
+                    source = self._gradient(new, source, tensor, pid_node[insertion.arg])
+                call = self._call(new, insertion.op, insertion.arg, source)
+                moves.append(Move(insertion.op, insertion.arg))
+                if insertion.op == "wait":
+                    bucket = layout.buckets[insertion.arg]
+                    for spec in bucket.params:
+                        node = pid_node.get(spec.pid)
+                        if node is None or not any(u.op != "output" for u in node.users):
+                            continue
+                        item = new.call_function(operator.getitem, (call, place[spec.pid][1]))
+                        item.meta["val"] = node.meta["val"]
+                        env[node] = item
+                elif insertion.op == "reload_wait":
+                    node = slot_nodes[insertion.arg]
+                    call.meta["val"] = node.meta["val"]
+                    env[node] = call
+
+        for position, node in enumerate(self.compute):
+            emit(position)
+            env[node] = new.node_copy(node, lambda n: env[n])
+        emit(self.end)
+        ended = new.call_function(torch.ops.lohan.end.default, (self.number,))
+        ended.meta["val"] = None
+        results = [None if node is None else env[node] for node in outputs]
+        if returns_handle:
+            results.append(handle)
+        new.output(tuple(results))
+        new.lint()
+        return new, tuple(moves)
+
+    def _gradient(
+        self, new: fx.Graph, source: fx.Node | None, old: fx.Node, param: fx.Node
+    ) -> fx.Node:
+        """The gradient in its parameter's own layout, so that it leaves as one block of bytes."""
+        assert source is not None
+        grad, value = tensor_of(old), tensor_of(param)
+        assert grad is not None and value is not None
+        if grad.stride() == value.stride() or not value.is_contiguous():
+            return source
+        clone = new.call_function(
+            torch.ops.aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+        )
+        clone.meta.update(source.meta)
+        clone.meta["val"] = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        return clone
+
+    def _call(self, new: fx.Graph, op: str, arg: int, tensor: fx.Node | None = None) -> fx.Node:
+        args: tuple[object, ...] = (self.number, arg)
+        if tensor is not None:
+            args = (*args, tensor)
+        call = new.call_function(getattr(torch.ops.lohan, op).default, args)
+        call.meta["val"] = None
+        return call
+
+
+@dataclass(frozen=True, slots=True)
+class Woven:
+    """A rewritten pair (or a forward alone) and the program it follows."""
+
+    program: Program
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None
+
+
+def weave_training(
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    *,
+    index: int,
+    number: int,
+    num_forward_outputs: int,
+    param_index: Mapping[int, int],
+    layout: Layout,
+    swapped: Mapping[str, Tier],
+    windows: Windows,
+    trainable: frozenset[int],
+    handle_like: torch.Tensor,
+    param_names: Sequence[str],
+) -> Woven:
+    """Rewrite a partitioned forward and backward.
+
+    Args:
+        param_index: position among the graph's original inputs -> pid.
+        swapped: name of a saved value -> the tier it goes to.
+        trainable: pids that must receive a gradient.
+
+    Raises:
+        CaptureError: a trainable parameter gets no gradient, or an output shows a parameter's bytes.
+    """
+    fw, bw = Weaver(forward.graph, number), Weaver(backward.graph, number)
+    fw_params = _managed(forward.graph, param_index)
+    bw_params = _managed(backward.graph, param_index)
+    _refuse_returned_params(forward.graph, num_forward_outputs, fw_params, param_names)
+
+    results = list(_outputs(forward.graph))
+    saved = results[num_forward_outputs:]
+    bw_by_name = {n.name: n for n in backward.graph.find_nodes(op="placeholder")}
+    slots: list[tuple[Slot, fx.Node, fx.Node]] = []
+    kept: list[fx.Node] = []
+    for node in saved:
+        assert isinstance(node, fx.Node)
+        if node in fw_params:
+            continue
+        tier = swapped.get(node.name)
+        placeholder = bw_by_name.get(node.name)
+        used = placeholder is not None and any(u.op != "output" for u in placeholder.users)
+        value = tensor_of(node)
+        if tier is None or not used or value is None:
+            kept.append(node)
+            continue
+        assert placeholder is not None
+        slot = Slot(
+            index=len(slots),
+            name=node.name,
+            shape=tuple(value.shape),
+            stride=tuple(value.stride()),
+            dtype=dtype_name(value.dtype),
+            nbytes=storage_span_bytes(value),
+            tier=tier,
+        )
+        slots.append((slot, node, placeholder))
+
+    gradient_of = _gradients(backward.graph, param_index, trainable, param_names)
+    fw.parameters(fw_params, layout, windows.fetch_bytes, backward=False)
+    fw.offloads([(slot, node) for slot, node, _ in slots], windows.offload_bytes)
+    bw.parameters(bw_params, layout, windows.fetch_bytes, backward=True)
+    bw.reloads([(slot, node) for slot, _, node in slots], windows.reload_bytes)
+    bw.gradients(gradient_of)
+
+    new_forward, forward_moves = fw.rebuild(
+        placeholders=forward.graph.find_nodes(op="placeholder"),
+        begin=("begin", index),
+        handle_like=handle_like,
+        param_of=fw_params,
+        layout=layout,
+        slot_nodes={},
+        outputs=[*results[:num_forward_outputs], *kept],
+        returns_handle=True,
+    )
+    kept_names = {node.name for node in kept}
+    saved_names = {node.name for node in saved if isinstance(node, fx.Node)}
+    tangents = [
+        node for node in backward.graph.find_nodes(op="placeholder") if node.name not in saved_names
+    ]
+    new_backward, backward_moves = bw.rebuild(
+        placeholders=[  # type: ignore[list-item]
+            *(bw_by_name[node.name] for node in kept if node.name in kept_names),
+            None,
+            *tangents,
+        ],
+        begin=None,
+        handle_like=handle_like,
+        param_of={**bw_params, **{n: p for n, p in _grad_only(fw_params, bw_params).items()}},
+        layout=layout,
+        slot_nodes={slot.index: node for slot, _, node in slots},
+        outputs=[
+            None if position in _gradient_positions(backward.graph, param_index) else node
+            for position, node in enumerate(_outputs(backward.graph))
+        ],
+        returns_handle=False,
+    )
+    program = Program(
+        index=index,
+        training=True,
+        slots=tuple(slot for slot, _, _ in slots),
+        forward=forward_moves,
+        backward=backward_moves,
+    )
+    return Woven(
+        program,
+        fx.GraphModule(forward, new_forward),
+        fx.GraphModule(backward, new_backward),
+    )
+
+
+def weave_inference(
+    module: fx.GraphModule,
+    *,
+    index: int,
+    number: int,
+    param_index: Mapping[int, int],
+    layout: Layout,
+    windows: Windows,
+    handle_like: torch.Tensor,
+    param_names: Sequence[str],
+) -> Woven:
+    """Rewrite a forward without a backward: parameters stream through, nothing is saved."""
+    weaver = Weaver(module.graph, number)
+    params = _managed(module.graph, param_index)
+    results = list(_outputs(module.graph))
+    _refuse_returned_params(module.graph, len(results), params, param_names)
+    weaver.parameters(params, layout, windows.fetch_bytes, backward=False)
+    graph, moves = weaver.rebuild(
+        placeholders=module.graph.find_nodes(op="placeholder"),
+        begin=("begin", index),
+        handle_like=handle_like,
+        param_of=params,
+        layout=layout,
+        slot_nodes={},
+        outputs=results,
+        returns_handle=False,
+    )
+    program = Program(index=index, training=False, slots=(), forward=moves, backward=())
+    return Woven(program, fx.GraphModule(module, graph), None)
+
+
+def check_moves(woven: Woven) -> None:
+    """Raise PassError unless each graph holds exactly the program's moves, each pair in order."""
+    for graph_module, moves in (
+        (woven.forward, woven.program.forward),
+        (woven.backward, woven.program.backward),
+    ):
+        if graph_module is None:
+            continue
+        listed = [
+            (node.target._opname, node.args[1])
+            for node in graph_module.graph.nodes
+            if ops.is_move(node) and node.target._opname not in ("begin", "begin_backward", "end")
+        ]
+        if listed != [(move.op, move.arg) for move in moves]:
+            raise PassError("the rewritten graph does not hold the moves of its program")
+        for first, then in (
+            ("fetch", "wait"),
+            ("wait", "release"),
+            ("offload", "offload_wait"),
+            ("reload", "reload_wait"),
+        ):
+            starts = {arg: i for i, (op, arg) in enumerate(listed) if op == first}
+            ends = {arg: i for i, (op, arg) in enumerate(listed) if op == then}
+            if starts.keys() != ends.keys() or any(starts[a] > ends[a] for a in starts):
+                raise PassError(f"{first} and {then} do not pair up in the rewritten graph")
+
+
+def _outputs(graph: fx.Graph) -> Sequence[fx.Node | None]:
+    results = graph.output_node().args[0]
+    assert isinstance(results, list | tuple)
+    return results  # type: ignore[return-value]
+
+
+def _managed(graph: fx.Graph, param_index: Mapping[int, int]) -> dict[fx.Node, int]:
+    """Placeholders that are managed parameters -> pid, by AOTAutograd's input descriptors."""
+    found = {}
+    for node in graph.find_nodes(op="placeholder"):
+        desc = node.meta.get("desc")
+        kind = type(desc).__name__
+        if kind in ("PlainAOTInput", "ParamAOTInput") and desc.idx in param_index:
+            found[node] = param_index[desc.idx]
+    return found
+
+
+def _gradient_positions(graph: fx.Graph, param_index: Mapping[int, int]) -> dict[int, int]:
+    """Position in the backward's outputs -> pid, for managed parameters."""
+    descs = graph.output_node().meta["desc"]
+    found = {}
+    for position, desc in enumerate(descs):
+        source = getattr(desc, "grad_of", None)
+        index = getattr(source, "idx", None)
+        if index in param_index:
+            found[position] = param_index[index]
+    return found
+
+
+def _gradients(
+    graph: fx.Graph,
+    param_index: Mapping[int, int],
+    trainable: frozenset[int],
+    names: Sequence[str],
+) -> dict[int, fx.Node]:
+    outputs = _outputs(graph)
+    found: dict[int, fx.Node] = {}
+    for position, pid in _gradient_positions(graph, param_index).items():
+        node = outputs[position]
+        if isinstance(node, fx.Node):
+            found[pid] = node
+    missing = sorted(names[pid] for pid in trainable - found.keys())
+    if missing:
+        raise CaptureError(
+            f"{len(missing)} parameter(s) require a gradient but the loss does not depend on them: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; freeze them with "
+            "requires_grad_(False) before lohan_fx.compile"
+        )
+    return {pid: node for pid, node in found.items() if pid in trainable}
+
+
+def _refuse_returned_params(
+    graph: fx.Graph, num_outputs: int, params: Mapping[fx.Node, int], names: Sequence[str]
+) -> None:
+    for node in _outputs(graph)[:num_outputs]:
+        if isinstance(node, fx.Node) and storage_root(node) in params:
+            name = names[params[storage_root(node)]]
+            raise CaptureError(
+                f"the model returns parameter {name!r} or a view of it; its bytes are only on the GPU "
+                "inside the step, so return a copy (clone) instead"
+            )
+
+
+def _grad_only(
+    forward: Mapping[fx.Node, int], backward: Mapping[fx.Node, int]
+) -> dict[fx.Node, int]:
+    """Forward placeholders of parameters that backward does not read (for their layout only)."""
+    read = set(backward.values())
+    return {node: pid for node, pid in forward.items() if pid not in read}
+
+
+__all__ = [
+    "Layout",
+    "Weaver",
+    "Windows",
+    "Woven",
+    "check_moves",
+    "view_source",
+    "weave_inference",
+    "weave_training",
+]

@@ -1,0 +1,245 @@
+"""Parameters whose values live in the tiers: the stubs a user sees, and what touching one does.
+
+A managed parameter stays the same `nn.Parameter` object with its shape, stride, dtype and device, but
+its storage holds no bytes. Kernels that read such a storage would crash the process, so outside of a
+compiled call the object's class is `GuardedParameter`: reading one gives its present value, writing
+one raises an error that says what to call instead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .errors import LohanError
+
+
+class Owner(Protocol):
+    """What manages parameters: the session behind one compiled model."""
+
+    def read(self, pid: int) -> torch.Tensor: ...
+    def attach(self, optimizer: Any) -> None: ...
+    def step(self) -> None: ...
+
+
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> (weakref to Owner, pid)
+
+
+def owner_of(param: torch.Tensor) -> tuple[Owner, int] | None:
+    """The owner and the number of a managed parameter; None for any other tensor."""
+    found = _owners.get(param)
+    if found is None:
+        return None
+    owner = found[0]()
+    return None if owner is None else (owner, found[1])
+
+
+# Reading these never touches the storage.
+_METADATA = frozenset(
+    getattr(torch.Tensor, name).__get__
+    for name in [
+        "shape",
+        "dtype",
+        "device",
+        "requires_grad",
+        "is_leaf",
+        "grad",
+        "grad_fn",
+        "layout",
+        "is_sparse",
+        "is_cuda",
+        "is_quantized",
+        "is_meta",
+        "is_nested",
+        "is_mkldnn",
+        "is_cpu",
+        "is_mps",
+        "is_xpu",
+        "ndim",
+        "names",
+        "_version",
+        "output_nr",
+        "retains_grad",
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+        "itemsize",
+        "nbytes",
+        "is_vulkan",
+        "is_ort",
+    ]
+    if hasattr(torch.Tensor, name)
+) | {
+    torch.Tensor.size,
+    torch.Tensor.stride,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.element_size,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.get_device,
+    torch.Tensor.__len__,
+    torch.Tensor.__hash__,
+    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad_,
+    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.untyped_storage,
+    torch.Tensor.register_hook,
+    torch.Tensor.register_post_accumulate_grad_hook,
+    torch.Tensor.is_pinned,
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+
+
+class GuardedParameter(torch.nn.Parameter):
+    """A managed parameter as seen outside of compiled calls."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _METADATA:
+                return func(*args, **kwargs)
+            name = getattr(func, "__name__", str(func))
+            base = getattr(getattr(func, "__self__", None), "__name__", "")
+            in_place = name.endswith("_") and not name.endswith("__")
+            if in_place or "out" in kwargs or name == "__set__" or base == "data":
+                raise LohanError(
+                    f"{base or name} would change a parameter whose values live in the memory tiers; "
+                    "use model.load_state_dict(...) to set values, or change them before "
+                    "lohan_fx.compile"
+                )
+            return func(*_read_all(args), **_read_all(kwargs))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return (
+            f"Parameter(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            "managed by lohan_fx)"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise LohanError(
+            "a managed parameter cannot be copied; copy the model before lohan_fx.compile, or build "
+            "a second one and load model.state_dict() into it"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise LohanError(
+            "a managed parameter cannot be pickled; save model.state_dict() or call lohan_fx.save"
+        )
+
+
+def _read_all(value: Any) -> Any:
+    if isinstance(value, GuardedParameter):
+        found = owner_of(value)
+        if found is None:
+            raise LohanError(
+                "this parameter's model has been closed; its values went with it. Keep "
+                "model.state_dict() from before model.close()"
+            )
+        owner, pid = found
+        return owner.read(pid).to(value.device)
+    if isinstance(value, dict):
+        return {key: _read_all(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_read_all(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+class ManagedParams:
+    """The parameters of one model, numbered in `named_parameters()` order; tied ones count once.
+
+    Taking a model over moves every value out of its parameter: `values[pid]` is then the only
+    reference to it (the model's own tensor, moved nowhere yet), and the parameter is a stub on
+    `device` in the compute dtype.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        owner: Owner,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.names: list[str] = []
+        self.stubs: list[torch.nn.Parameter] = []
+        self.values: dict[int, torch.Tensor] = {}
+        self.aliases: dict[str, int] = {}  # every name, tied ones too -> pid
+        pid_of: dict[int, int] = {}
+        for name, param in model.named_parameters(remove_duplicate=False):
+            if id(param) in pid_of:
+                self.aliases[name] = pid_of[id(param)]
+                continue
+            if owner_of(param) is not None:
+                raise LohanError(
+                    f"parameter {name!r} is already managed by another compiled model; close that one "
+                    "first"
+                )
+            _refuse_hooks(name, param)
+            pid = len(self.stubs)
+            pid_of[id(param)] = self.aliases[name] = pid
+            self.names.append(name)
+            self.stubs.append(param)
+        reference = weakref.ref(owner)
+        for pid, param in enumerate(self.stubs):
+            value = param.detach()
+            compute = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            self.values[pid] = value
+            param.data = _zero_byte(value, compute, device)
+            param.grad = None
+            _owners[param] = (reference, pid)
+        self.guard()
+
+    def guard(self) -> None:
+        """From here on, touching a stub is caught."""
+        for stub in self.stubs:
+            stub.__class__ = GuardedParameter
+
+    def expose(self) -> None:
+        """From here on the stubs are plain parameters, as the compiler wants them."""
+        for stub in self.stubs:
+            stub.__class__ = torch.nn.Parameter
+
+    @contextmanager
+    def exposed(self) -> Iterator[None]:
+        self.expose()
+        try:
+            yield
+        finally:
+            self.guard()
+
+    def disown(self) -> None:
+        for stub in self.stubs:
+            _owners.pop(stub, None)
+
+
+def _zero_byte(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor with the shape of `value`, over no bytes; dense, in the order of its strides."""
+    stride = torch.empty_like(value, device="meta", memory_format=torch.preserve_format).stride()
+    full = torch.empty_strided(value.shape, stride, dtype=dtype, device=device)
+    full.untyped_storage().resize_(0)
+    return full
+
+
+def _refuse_hooks(name: str, param: torch.nn.Parameter) -> None:
+    if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+        raise LohanError(
+            f"parameter {name!r} has gradient hooks; gradients are consumed inside the step and never "
+            "reach param.grad, so they would not run. Remove them before lohan_fx.compile"
+        )

@@ -1,0 +1,509 @@
+"""The session behind one compiled model: parameters, plan, programs and runtime, and their order.
+
+A session goes one way: parameters are taken over at once; the first captured step brings the plan and
+the runtime; values move into their tiers when that step first runs; further input shapes add programs
+under the same placements.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .budget import Budget
+from .compiler.buckets import ParamInfo, first_uses, make_buckets
+from .compiler.capture import Backend, Decision, Traced, graph_break_line, owned, unwrap
+from .compiler.formulate import formulate_training
+from .compiler.skeleton import Skeleton
+from .compiler.values import dtype_name, tensor_of
+from .compiler.weave import Layout, Windows, Woven
+from .errors import CaptureError, LohanError, TrainingLoopError
+from .hardware import Hardware
+from .optim import Adam
+from .params import ManagedParams
+from .plan import Plan, TensorRow, build_plan
+from .planner import (
+    BucketPlace,
+    Capacities,
+    Forced,
+    Overlap,
+    Place,
+    Problem,
+    Solution,
+    solve,
+    violations,
+)
+from .program import Bucket, BucketPlacement, Tier
+from .runtime import Runtime, RuntimeOptions
+
+# torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
+CUDA_MARGIN_BYTES = 160 * 2**20
+
+Policy = str | Callable[[Problem, Forced], Solution]
+
+
+class PlanReady(LohanError):
+    """Ends a capture that is made for its plan alone; never reaches the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the caller of `compile` chose, resolved and checked."""
+
+    model_name: str
+    device: torch.device
+    budget: Budget
+    capacities: Capacities
+    hardware: Hardware
+    overlap: str
+    policy: Policy
+    lowering: str
+    plan: Plan | None = None
+    plan_only: bool = False
+    poison: bool = False
+    bucket_numel: int | None = None
+
+
+@dataclass(slots=True)
+class Captured:
+    """One program with what it was made from; skeletons come as AOTAutograd lowers them."""
+
+    woven: Woven | None = None
+    plan: Plan | None = None
+    solution: Solution | None = None
+    skeletons: dict[str, Skeleton] = field(default_factory=dict)
+
+
+class Session:
+    """Everything behind one compiled model. See the module docstring for its life."""
+
+    def __init__(
+        self, model: torch.nn.Module, dtype: torch.dtype | None, settings: Settings
+    ) -> None:
+        self.settings = settings
+        self.device = settings.device
+        self.lowering = settings.lowering
+        self.runtime: Runtime | None = None
+        self.buckets: tuple[Bucket, ...] = ()
+        self.placements: tuple[BucketPlacement, ...] = ()
+        self.captured: list[Captured] = []
+        self._optimizer: weakref.ref[Adam] | None = None
+        self._pending_state: dict[int, Mapping[str, Any]] = {}
+        self._adopted = False
+        self._closed = False
+        self.params = ManagedParams(model, self, device=settings.device, dtype=dtype)
+        self._requires_grad = [stub.requires_grad for stub in self.params.stubs]
+        self.trainable = frozenset(
+            pid for pid, required in enumerate(self._requires_grad) if required
+        )
+        _move_buffers(model, settings.device)
+        self._compiled = torch.compile(
+            model._call_impl, backend=Backend(self), fullgraph=True, dynamic=False
+        )
+
+    # What params.Owner, the optimizer and the compiler's Host ask for.
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.params.names
+
+    def owns(self, param: torch.Tensor) -> int | None:
+        return owned(self, param)
+
+    def read(self, pid: int) -> torch.Tensor:
+        """A CPU copy of a parameter in its compute dtype."""
+        self._check_open()
+        if self.runtime is not None and self._adopted:
+            return self.runtime.weight(pid)
+        return self.params.values[pid].to("cpu", self.params.stubs[pid].dtype)
+
+    def attach(self, optimizer: Adam) -> None:
+        present = None if self._optimizer is None else self._optimizer()
+        if present is not None and present is not optimizer:
+            raise TrainingLoopError(
+                "this model already has an optimizer; delete it first (del opt), or put all parameters "
+                "into one with several groups"
+            )
+        missing = [
+            self.names[pid] for pid in sorted(self.trainable) if optimizer.group_of(pid) is None
+        ]
+        if missing:
+            raise TrainingLoopError(
+                f"{len(missing)} parameter(s) require a gradient but were not given to the optimizer: "
+                f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; pass them, or freeze "
+                "them with requires_grad_(False) before lohan_fx.compile"
+            )
+        self._optimizer = weakref.ref(optimizer)
+        if self.runtime is not None:
+            self.runtime.attach(optimizer)
+
+    def step(self) -> None:
+        self._check_open()
+        if self.runtime is not None:
+            self.runtime.step()
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        return None if self.runtime is None else self.runtime.last_grad_norm
+
+    def optimizer_state(self, pid: int) -> dict[str, Any]:
+        """step, exp_avg, exp_avg_sq and master of one parameter, as CPU copies."""
+        if self.runtime is None or not self._adopted:
+            return dict(self._pending_state.get(pid, {}))
+        exp_avg, exp_avg_sq = self.runtime.moments(pid)
+        return {
+            "step": torch.tensor(float(self.runtime.step_count)),
+            "exp_avg": exp_avg,
+            "exp_avg_sq": exp_avg_sq,
+            "master": self.runtime.master(pid),
+        }
+
+    def set_optimizer_state(self, pid: int, state: Mapping[str, Any]) -> None:
+        """Set what `optimizer_state` gives; kept until the first step where nothing is placed yet."""
+        if not state:
+            return
+        if self.runtime is None or not self._adopted:
+            self._pending_state[pid] = dict(state)
+            return
+        if "master" in state:
+            self.runtime.set_master(pid, state["master"])
+        self.runtime.set_moments(pid, state["exp_avg"], state["exp_avg_sq"])
+        self.runtime.step_count = int(state["step"])
+
+    # Captures.
+
+    def decide(self, traced: Traced) -> Decision:
+        """Plan one captured step: make buckets, formulate, solve, and size the runtime by it."""
+        settings = self.settings
+        if not self.buckets:
+            self.buckets = self._make_buckets(traced)
+        overlap = self._overlap()
+        problem = formulate_training(
+            traced.joint,
+            traced.stages,
+            traced.candidates,
+            self.buckets,
+            hardware=settings.hardware,
+            capacities=settings.capacities,
+            overlap=overlap,
+            fused=settings.lowering == "inductor",
+            margin_bytes=self._margin_bytes(),
+        )
+        solution = self._solve(problem)
+        plan = self._plan(problem, solution, traced)
+        self.captured.append(Captured(plan=plan, solution=solution))
+        index = len(self.captured) - 1
+        if settings.plan_only:
+            raise PlanReady("planned")
+        placements = tuple(_placement(place) for place in solution.buckets)
+        options = self._options(solution, overlap)
+        if self.runtime is None:
+            self.runtime = Runtime(
+                settings.device,
+                gpu_bytes=settings.capacities.gpu_bytes,
+                dram_bytes=settings.capacities.dram_bytes,
+                ssd=tuple((str(path), capacity) for path, capacity in settings.budget.ssd or ()),
+                options=options,
+            )
+            optimizer = None if self._optimizer is None else self._optimizer()
+            if optimizer is not None:
+                self.runtime.attach(optimizer)
+        elif placements != self.placements or options != self._placed_options:
+            self.runtime.place(placements, options)
+        self.placements, self._placed_options = placements, options
+        windows = solution.windows
+        return Decision(
+            number=self.runtime.number,
+            index=index,
+            layout=Layout(
+                buckets=self.buckets,
+                resident=frozenset(i for i, p in enumerate(placements) if p.weight is Tier.GPU),
+                refreshed=frozenset(
+                    i
+                    for i, p in enumerate(placements)
+                    if p.weight is Tier.GPU and p.state is not Tier.GPU
+                ),
+            ),
+            saved=frozenset(
+                i for i, place in enumerate(solution.activations) if place is not Place.RECOMPUTE
+            ),
+            swapped={
+                i: Tier(str(place))
+                for i, place in enumerate(solution.activations)
+                if place in (Place.DRAM, Place.SSD)
+            },
+            windows=Windows(
+                fetch_bytes=windows.fetch_window_bytes,
+                reload_bytes=windows.reload_window_bytes,
+                offload_bytes=windows.offload_window_bytes,
+            ),
+        )
+
+    def accept(self, woven: Woven) -> None:
+        self.captured[woven.program.index].woven = woven
+        assert self.runtime is not None
+        self.runtime.add_program(woven.program)
+
+    def keep(self, index: int, part: str, skeleton: Skeleton) -> None:
+        self.captured[index].skeletons[part] = skeleton
+
+    def prepare(self, index: int) -> None:
+        """Move the values into their tiers before the first captured step runs."""
+        assert self.runtime is not None
+        if self._adopted:
+            return
+        self.runtime.adopt(
+            self.buckets,
+            dict(enumerate(self.params.stubs)),
+            self.params.values,
+            self.placements,
+        )
+        self._adopted = True
+        for pid, state in self._pending_state.items():
+            self.set_optimizer_state(pid, state)
+        self._pending_state.clear()
+
+    # Calls.
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One forward of the compiled model."""
+        self._check_open()
+        now = [stub.requires_grad for stub in self.params.stubs]
+        if now != self._requires_grad:
+            changed = [
+                n for n, a, b in zip(self.names, now, self._requires_grad, strict=True) if a != b
+            ]
+            raise TrainingLoopError(
+                f"requires_grad of {changed[0]!r} changed after lohan_fx.compile; freeze parameters "
+                "before it"
+            )
+        trains = torch.is_grad_enabled() and self.trainable and not self.settings.plan_only
+        if trains and self._optimizer_now() is None:
+            raise TrainingLoopError(
+                "no optimizer is attached, so gradients would go nowhere; create "
+                "lohan_fx.AdamW(model.parameters(), ...) before the first forward, or run the "
+                "forward under torch.no_grad()"
+            )
+        try:
+            with self.params.exposed(), compiler_settings():
+                return self._compiled(*args, **kwargs)
+        except Exception as error:
+            if self.runtime is not None:
+                self.runtime.abort()
+            raise _explained(error) from error
+
+    def close(self) -> None:
+        """Give back memory and files. The model's parameters are gone with it."""
+        if not self._closed:
+            self._closed = True
+            if self.runtime is not None:
+                self.runtime.close()
+            self.params.disown()
+            self.params.values.clear()
+
+    # Internals.
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LohanError("this model was closed; build and compile it again")
+
+    def _optimizer_now(self) -> Adam | None:
+        return None if self._optimizer is None else self._optimizer()
+
+    def _overlap(self) -> Overlap:
+        chosen = self.settings.overlap
+        optimizer = self._optimizer_now()
+        clips = optimizer is not None and optimizer.max_grad_norm is not None
+        if chosen == "auto":
+            return Overlap.NEXT_FORWARD if clips else Overlap.BACKWARD
+        if clips and chosen != Overlap.NEXT_FORWARD:
+            raise LohanError(
+                f"max_grad_norm needs all gradients before the first update, which overlap={chosen!r} "
+                'does not allow; use overlap="next-forward" or "auto"'
+            )
+        return Overlap(chosen)
+
+    def _margin_bytes(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        return CUDA_MARGIN_BYTES
+
+    def _make_buckets(self, traced: Traced) -> tuple[Bucket, ...]:
+        infos = [
+            ParamInfo(
+                pid=pid,
+                name=name,
+                shape=tuple(stub.shape),
+                stride=tuple(stub.stride()),
+                numel=stub.numel(),
+                dtype=stub.dtype,
+                trainable=pid in self.trainable,
+            )
+            for pid, (name, stub) in enumerate(
+                zip(self.params.names, self.params.stubs, strict=True)
+            )
+        ]
+        uses = first_uses(traced.joint.graph, traced.joint.param_of)
+        names = [stage.name for stage in traced.stages]
+        if self.settings.bucket_numel is None:
+            return make_buckets(infos, uses, names)
+        return make_buckets(infos, uses, names, self.settings.bucket_numel)
+
+    def _solve(self, problem: Problem) -> Solution:
+        settings = self.settings
+        if settings.plan is not None and not self._adopted:
+            solution = settings.plan.solution_for(problem)
+        else:
+            forced = Forced()
+            if self._adopted:
+                # Another input shape: leave the parameters where they are if that can work.
+                forced = Forced(
+                    buckets={
+                        i: BucketPlace(Place(str(p.weight)), Place(str(p.state)))
+                        for i, p in enumerate(self.placements)
+                    }
+                )
+            try:
+                solution = self._run_policy(problem, forced)
+            except LohanError:
+                if not forced.buckets:
+                    raise
+                solution = self._run_policy(problem, Forced())
+        faults = violations(problem, solution)
+        if faults:
+            raise LohanError(f"the plan breaks its own rules: {faults[0]} ({len(faults)} in all)")
+        return solution
+
+    def _run_policy(self, problem: Problem, forced: Forced) -> Solution:
+        policy = self.settings.policy
+        if callable(policy):
+            return policy(problem, forced)
+        return solve(problem, policy=policy, forced=forced)
+
+    def _options(self, solution: Solution, overlap: Overlap) -> RuntimeOptions:
+        windows = solution.windows
+        return RuntimeOptions(
+            overlap=str(overlap),
+            grad_window_bytes=windows.grad_window_bytes,
+            grad_buffers=windows.grad_buffers,
+            state_buffers=windows.state_buffers,
+            inbound_bytes=windows.inbound_bytes,
+            outbound_bytes=windows.outbound_bytes,
+            poison=self.settings.poison,
+        )
+
+    def _plan(self, problem: Problem, solution: Solution, traced: Traced) -> Plan:
+        settings = self.settings
+        policy = settings.policy if isinstance(settings.policy, str) else solution.policy
+        return build_plan(
+            problem,
+            solution,
+            model=settings.model_name,
+            hardware=settings.hardware.name,
+            budget=str(settings.budget),
+            policy=policy,
+            tensors=tensor_rows(self.buckets, traced),
+            schedule=(),
+        )
+
+
+def tensor_rows(buckets: Sequence[Bucket], traced: Traced) -> list[TensorRow]:
+    """One row per tensor that the plan places, parameters first."""
+    rows = []
+    layers = [stage.name for stage in traced.stages]
+    for bucket in buckets:
+        layer = bucket.name.split(":")[0]
+        for spec in bucket.params:
+            classes = [("weight16" if bucket.dtype != "float32" else "master32", bucket.dtype, 1)]
+            if bucket.has_master:
+                classes.append(("master32", "float32", 1))
+            if bucket.trainable:
+                classes += [("moments32", "float32", 2), ("gradient", bucket.dtype, 1)]
+            for cls, dtype, copies in classes:
+                itemsize = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+                rows.append(
+                    TensorRow(
+                        name=spec.name,
+                        cls=cls,
+                        layer=layer,
+                        shape=spec.shape if copies == 1 else (copies, *spec.shape),
+                        dtype=dtype,
+                        bytes=math.prod(spec.shape) * itemsize * copies,
+                        bucket=bucket.index,
+                    )
+                )
+    for candidate in traced.candidates:
+        for node in candidate.nodes:
+            value = tensor_of(node)
+            if value is None:
+                continue
+            rows.append(
+                TensorRow(
+                    name=node.name,
+                    cls="activation",
+                    layer=layers[node.meta["lohan_stage"]],
+                    shape=tuple(value.shape),
+                    dtype=dtype_name(value.dtype),
+                    bytes=value.numel() * value.element_size(),
+                    activation=candidate.index,
+                )
+            )
+    return rows
+
+
+@contextmanager
+def compiler_settings() -> Iterator[None]:
+    """Dynamo settings under which real models trace whole."""
+    ignored = set(torch._dynamo.config.ignore_logging_functions)
+    try:
+        from transformers.utils import logging as hf_logging
+
+        logger = type(hf_logging.get_logger("transformers"))
+        ignored |= {
+            getattr(hf_logging.get_logger("transformers"), name).__func__
+            for name in ("warning_once", "warning", "info", "debug")
+            if hasattr(logger, name)
+        }
+        ignored |= {hf_logging.warning_once}
+    except (ImportError, AttributeError):
+        pass
+    with torch._dynamo.config.patch(ignore_logging_functions=ignored):
+        yield
+
+
+def _placement(place: BucketPlace) -> BucketPlacement:
+    return BucketPlacement(Tier(str(place.weight)), Tier(str(place.state)))
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Put buffers on the device; they keep their dtype."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                if buffer.is_meta:
+                    module._buffers[name] = torch.empty_like(buffer, device=device)
+                else:
+                    module._buffers[name] = buffer.to(device)
+
+
+def _explained(error: Exception) -> BaseException:
+    """The error a user should see for what came out of torch.compile."""
+    inner = unwrap(error)
+    if isinstance(inner, LohanError):
+        return inner
+    if isinstance(error, torch._dynamo.exc.Unsupported):
+        line = graph_break_line(error)
+        first = str(error).strip().splitlines()[0]
+        return CaptureError(
+            f"the model cannot be captured as one graph: {first}"
+            + (f"\n  at {line}" if line else "")
+            + "\nlohan_fx plans whole steps; move this out of forward(), or rewrite it with torch "
+            "operations"
+        )
+    return error
