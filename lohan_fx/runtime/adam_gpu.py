@@ -1,0 +1,129 @@
+"""The update of buckets whose optimizer state is in device memory, on the compute stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lohan_fx import native
+
+from .options import AdamGroup
+
+# fp32 copies of 16-bit gradients are made for this many elements at a time.
+_BATCH_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Flat device arrays of one parameter, all of N elements; `weight` is None for fp32 weights."""
+
+    grad: torch.Tensor
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    weight: torch.Tensor | None
+    group: AdamGroup
+
+
+@torch.no_grad()
+def update_on_device(updates: Sequence[Update], step: int, grad_scale: float) -> None:
+    """One Adam step. On the CPU it is the native update, so its bits are those of a CPU-tier bucket."""
+    if not updates:
+        return
+    if updates[0].master.device.type == "cpu":
+        for update in updates:
+            _update_native(update, step, grad_scale)
+        return
+    state_step = torch.full((), float(step), dtype=torch.float32, device=updates[0].master.device)
+    for batch in _batches(updates):
+        _update_fused(batch, state_step, grad_scale)
+
+
+def adam_step(group: AdamGroup, step: int, grad_scale: float) -> native.AdamStep:
+    """The native form of one group's scalars."""
+    return native.AdamStep(
+        lr=group.lr,
+        beta1=group.beta1,
+        beta2=group.beta2,
+        eps=group.eps,
+        weight_decay=group.weight_decay,
+        decoupled=group.decoupled,
+        step=step,
+        grad_scale=grad_scale,
+    )
+
+
+def _update_native(update: Update, step: int, grad_scale: float) -> None:
+    weight, group = update.weight, update.group
+    native.adam_update(
+        update.master.data_ptr(),
+        update.exp_avg.data_ptr(),
+        update.exp_avg_sq.data_ptr(),
+        update.grad.data_ptr(),
+        str(update.grad.dtype).removeprefix("torch."),
+        0 if weight is None else weight.data_ptr(),
+        None if weight is None else str(weight.dtype).removeprefix("torch."),
+        update.master.numel(),
+        lr=group.lr,
+        beta1=group.beta1,
+        beta2=group.beta2,
+        eps=group.eps,
+        weight_decay=group.weight_decay,
+        decoupled=group.decoupled,
+        step=step,
+        grad_scale=grad_scale,
+    )
+
+
+def _batches(updates: Sequence[Update]) -> Iterator[list[Update]]:
+    """Pieces of one group each, with at most _BATCH_ELEMENTS elements together."""
+    batch: list[Update] = []
+    size = 0
+    for update in updates:
+        for start in range(0, update.master.numel(), _BATCH_ELEMENTS):
+            cut = slice(start, start + _BATCH_ELEMENTS)
+            piece = Update(
+                update.grad[cut],
+                update.master[cut],
+                update.exp_avg[cut],
+                update.exp_avg_sq[cut],
+                None if update.weight is None else update.weight[cut],
+                update.group,
+            )
+            size += piece.master.numel()
+            if batch and (size > _BATCH_ELEMENTS or batch[0].group != piece.group):
+                yield batch
+                batch, size = [], piece.master.numel()
+            batch.append(piece)
+    if batch:
+        yield batch
+
+
+def _update_fused(batch: list[Update], state_step: torch.Tensor, grad_scale: float) -> None:
+    group = batch[0].group
+    grads = [piece.grad.float() for piece in batch]
+    if grad_scale != 1.0:
+        # Not in place: a float32 gradient is still the caller's tensor.
+        grads = list(torch._foreach_mul(grads, grad_scale))
+    masters = [piece.master for piece in batch]
+    fused = torch._fused_adamw_ if group.decoupled else torch._fused_adam_
+    fused(
+        masters,
+        grads,
+        [piece.exp_avg for piece in batch],
+        [piece.exp_avg_sq for piece in batch],
+        [],
+        [state_step] * len(batch),
+        lr=group.lr,
+        beta1=group.beta1,
+        beta2=group.beta2,
+        weight_decay=group.weight_decay,
+        eps=group.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    weights = [piece.weight for piece in batch if piece.weight is not None]
+    if weights:
+        torch._foreach_copy_(weights, masters)

@@ -1,0 +1,243 @@
+"""The one seam between the runtime and a device: buffers, copies in both directions, their arrivals.
+
+[Note: stream order]
+Device buffers are allocated on the compute stream: the one that is current where an op runs. A copy
+runs on a side stream, which first waits until the compute stream has passed the line of the call (or
+only for the arrivals in `after`, where those are enough). The compute stream waits for a copy's
+arrival before it reads the destination or the source is dropped. So a buffer's memory always goes
+back in compute-stream order, the host never polls to free device memory, and no event is waited for
+before it was recorded: `copy_in`, `copy_out` and `mark` record it before they return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from lohan_fx.errors import LohanError
+
+# Every value handed to a kernel starts at a multiple of this many bytes.
+DEVICE_ALIGN = 512
+
+
+class Arrival(Protocol):
+    """A point in a stream: everything queued there before it has happened when it is complete."""
+
+    @property
+    def handle(self) -> int:
+        """The CUevent for native code; 0 where there is nothing to wait for."""
+        ...
+
+    def is_complete(self) -> bool: ...
+
+
+class Device(Protocol):
+    """What the runtime needs of a device; bytes are 1-D uint8 tensors on both sides."""
+
+    device: torch.device
+    bytes_in: int
+    bytes_out: int
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """A buffer allocated on the compute stream, aligned to DEVICE_ALIGN."""
+        ...
+
+    def copy_in(
+        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] | None = None
+    ) -> Arrival:
+        """Start host -> device, after what the compute stream holds now, or only after `after`."""
+        ...
+
+    def copy_out(
+        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] = ()
+    ) -> Arrival:
+        """Start device -> host, after what the compute stream holds now and after `after`."""
+        ...
+
+    def mark(self) -> Arrival:
+        """The point that the compute stream has reached in the program."""
+        ...
+
+    def wait(self, arrival: Arrival) -> None:
+        """Let the compute stream wait."""
+        ...
+
+    def join(self) -> None:
+        """Let the compute stream wait for every copy started so far."""
+        ...
+
+    def synchronize(self) -> None:
+        """Block until the device is idle."""
+        ...
+
+    def pin(self, address: int, nbytes: int) -> None: ...
+    def unpin(self, address: int) -> None: ...
+
+
+class _Complete:
+    handle = 0
+
+    def is_complete(self) -> bool:
+        return True
+
+
+COMPLETE: Arrival = _Complete()
+
+
+class CpuDevice:
+    """The host as its own device: copies are made at once, so every arrival is complete."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        room = torch.empty(nbytes + DEVICE_ALIGN, dtype=torch.uint8)
+        return room.narrow(0, -room.data_ptr() % DEVICE_ALIGN, nbytes)
+
+    def copy_in(
+        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] | None = None
+    ) -> Arrival:
+        to.copy_(source)
+        self.bytes_in += source.numel()
+        return COMPLETE
+
+    def copy_out(
+        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] = ()
+    ) -> Arrival:
+        to.copy_(source)
+        self.bytes_out += source.numel()
+        return COMPLETE
+
+    def mark(self) -> Arrival:
+        return COMPLETE
+
+    def wait(self, arrival: Arrival) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def pin(self, address: int, nbytes: int) -> None:
+        pass
+
+    def unpin(self, address: int) -> None:
+        pass
+
+
+class _CudaArrival:
+    __slots__ = ("event",)
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event.record(stream)
+
+    @property
+    def handle(self) -> int:
+        return int(self.event.cuda_event)
+
+    def is_complete(self) -> bool:
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
+
+
+_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of the process
+
+
+class CudaDevice:
+    """One CUDA device with a stream of its own for each direction of the link."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        self.device = torch.device("cuda", index)
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self._h2d = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._d2h = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    def _compute(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device)
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        # The caching allocator hands out multiples of 512 bytes at multiples of 512.
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def copy_in(
+        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] | None = None
+    ) -> Arrival:
+        if after is None:
+            self._h2d.wait_stream(self._compute())
+        else:
+            self._hold(self._h2d, after)
+        self.bytes_in += source.numel()
+        return self._copy(self._h2d, to, source)
+
+    def copy_out(
+        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] = ()
+    ) -> Arrival:
+        self._d2h.wait_stream(self._compute())
+        self._hold(self._d2h, after)
+        self.bytes_out += source.numel()
+        return self._copy(self._d2h, to, source)
+
+    @staticmethod
+    def _hold(stream: torch.cuda.Stream, arrivals: Sequence[Arrival]) -> None:
+        for arrival in arrivals:
+            if isinstance(arrival, _CudaArrival):
+                stream.wait_event(arrival.event)
+
+    @staticmethod
+    def _copy(stream: torch.cuda.Stream, to: torch.Tensor, source: torch.Tensor) -> Arrival:
+        # Both sides are contiguous bytes, so this is one cudaMemcpyAsync and no temporary.
+        with torch.cuda.stream(stream):
+            to.copy_(source, non_blocking=True)
+        return _CudaArrival(stream)
+
+    def mark(self) -> Arrival:
+        return _CudaArrival(self._compute())
+
+    def wait(self, arrival: Arrival) -> None:
+        if isinstance(arrival, _CudaArrival):
+            self._compute().wait_event(arrival.event)
+
+    def join(self) -> None:
+        compute = self._compute()
+        compute.wait_stream(self._h2d)
+        compute.wait_stream(self._d2h)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def pin(self, address: int, nbytes: int) -> None:
+        with torch.cuda.device(self.device):
+            status = torch.cuda.cudart().cudaHostRegister(address, nbytes, _REGISTER_PORTABLE)  # type: ignore[no-untyped-call]
+        if int(status) != 0:
+            raise LohanError(
+                f"the driver refused to pin {nbytes} bytes of host memory ({status}); lower the dram "
+                "budget or raise the limit on locked memory (ulimit -l)"
+            )
+
+    def unpin(self, address: int) -> None:
+        with torch.cuda.device(self.device):
+            status = torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        if int(status) != 0:
+            raise LohanError(f"the driver could not unpin host memory ({status})")
+
+
+def open_device(device: torch.device) -> Device:
+    """The seam for `device`.
+
+    Raises:
+        LohanError: the device is neither a CPU nor a CUDA device.
+    """
+    if device.type == "cpu":
+        return CpuDevice()
+    if device.type == "cuda":
+        return CudaDevice(device)
+    raise LohanError(f"device {device} is not supported; use a cuda or a cpu device")

@@ -1,0 +1,97 @@
+"""What a caller chooses about a run, and what it reads back; plain data, no device."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Overlap(enum.StrEnum):
+    """When the optimizer consumes a gradient.
+
+    BACKWARD: as it arrives, while the backward goes on; step() only marks the step complete.
+    NEXT_FORWARD: after step(), in forward order, hidden under the next forward.
+    SERIAL: inside step(), which returns when every update is done.
+    NAIVE: as BACKWARD, but each bucket's read, update and write run back to back.
+    """
+
+    BACKWARD = "backward"
+    NEXT_FORWARD = "next-forward"
+    SERIAL = "serial"
+    NAIVE = "naive"
+
+    @property
+    def deferred(self) -> bool:
+        """True where gradients wait for step()."""
+        return self in (Overlap.NEXT_FORWARD, Overlap.SERIAL)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """Sizes of the windows data streams through, and how to stream.
+
+    Args:
+        overlap: one of the values of `Overlap`.
+        grad_window_bytes: gradients kept on the GPU while their copies to the host are under way.
+        grad_buffers: host buffers for gradients in the modes that update during the backward; each
+            is as large as the largest bucket that the CPU updates.
+        state_buffers: host buffers through which optimizer state on SSD passes.
+        inbound_bytes: pinned staging for everything on its way from SSD to GPU.
+        outbound_bytes: pinned staging for activations on their way from GPU to SSD.
+        num_adam_threads: 0 lets the optimizer choose.
+        deadline_s: no wait lasts longer than this.
+        poison: fill memory with NaN where nothing may read it any more (tests).
+    """
+
+    overlap: str = Overlap.BACKWARD
+    grad_window_bytes: int = 256 << 20
+    grad_buffers: int = 4
+    state_buffers: int = 3
+    inbound_bytes: int = 0
+    outbound_bytes: int = 0
+    num_adam_threads: int = 0
+    deadline_s: float = 600.0
+    poison: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdamGroup:
+    """Scalars of one parameter group, as torch.optim names them."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+
+
+class HyperSource(Protocol):
+    """Where the scalars of a step come from: an optimizer."""
+
+    max_grad_norm: float | None
+
+    def groups(self) -> list[AdamGroup]: ...
+
+    def group_of(self, pid: int) -> int | None:
+        """The index in groups(); None for a parameter that is not to be updated."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStats:
+    """What the runtime moved and held since it was made.
+
+    Attributes:
+        moved_bytes: by lane: h2d, d2h, ssd_read, ssd_write.
+        peak_bytes, current_bytes: by tier: gpu, dram, ssd; only what the runtime owns.
+        stall_s: seconds the host waited, by what it waited for.
+        updates: counters of the optimizer's pipeline.
+    """
+
+    moved_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    current_bytes: dict[str, int] = field(default_factory=dict)
+    stall_s: dict[str, float] = field(default_factory=dict)
+    updates: dict[str, float] = field(default_factory=dict)
