@@ -1,0 +1,74 @@
+"""Where everything lives during a training step: Problem -> Solution, without torch.
+
+problem   the question: stages, buckets, activations, lanes, capacities
+cost      the one model of time and memory
+greedy    a solver
+solution  the answer
+validate  a checker that shares no code with cost and greedy
+"""
+
+from __future__ import annotations
+
+from lohan_fx.budget import Capacities
+from lohan_fx.errors import LohanError
+from lohan_fx.planner.cost import (
+    Ledger,
+    Room,
+    activation_places,
+    bucket_places,
+    predict,
+)
+from lohan_fx.planner.greedy import greedy, least_bytes
+from lohan_fx.planner.problem import (
+    Activation,
+    Bucket,
+    BucketPlace,
+    Lanes,
+    NothingFits,
+    Overlap,
+    Place,
+    Problem,
+    Stage,
+)
+from lohan_fx.planner.solution import Forced, Prediction, Solution, Windows
+from lohan_fx.planner.validate import validate
+
+SOLVERS = {"greedy": greedy}
+
+
+def solve(problem: Problem, policy: str = "greedy", forced: Forced | None = None) -> Solution:
+    """The solution of one policy; `validate` says whether to believe it.
+
+    Raises InfeasiblePlan where nothing fits, LohanError for an unknown policy.
+    """
+    if policy not in SOLVERS:
+        raise LohanError(f"there is no policy {policy!r}; there are: {', '.join(sorted(SOLVERS))}")
+    return SOLVERS[policy](problem, forced)
+
+
+__all__ = [
+    "SOLVERS",
+    "Activation",
+    "Bucket",
+    "BucketPlace",
+    "Capacities",
+    "Forced",
+    "Lanes",
+    "Ledger",
+    "NothingFits",
+    "Overlap",
+    "Place",
+    "Prediction",
+    "Problem",
+    "Room",
+    "Solution",
+    "Stage",
+    "Windows",
+    "activation_places",
+    "bucket_places",
+    "greedy",
+    "least_bytes",
+    "predict",
+    "solve",
+    "validate",
+]

@@ -1,0 +1,128 @@
+"""The answer: a place for every bucket and activation, windows, and what they are predicted to do.
+
+A solution is data. It refers to items of its Problem by index, in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lohan_fx.errors import LohanError
+from lohan_fx.planner.problem import BucketPlace, Place
+
+SOLUTION_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How far movements may run ahead or behind, and the buffers they use.
+
+    GPU, bytes:
+      fetch_window_bytes    weights fetched and not yet used, besides those of the running stage
+      offload_window_bytes  activations on their way out whose stage is over
+      reload_window_bytes   activations on their way back whose stage has not begun
+      grad_window_bytes     gradients not yet copied out
+      An item larger than its window moves alone and is waited for at once.
+    DRAM:
+      grad_buffers          gradients, then new weights, of that many CPU-updated buckets (where
+                            gradients wait for step() there is one buffer per bucket instead)
+      state_buffers         optimizer states of that many buckets are between SSD and Adam
+      inbound_bytes         arena between SSD and H2D
+      outbound_bytes        arena between D2H and SSD
+    """
+
+    fetch_window_bytes: int = 0
+    offload_window_bytes: int = 0
+    reload_window_bytes: int = 0
+    grad_window_bytes: int = 0
+    grad_buffers: int = 0
+    state_buffers: int = 0
+    inbound_bytes: int = 0
+    outbound_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one steady step does.
+
+    `step_s` is forward, backward and, where the optimizer has a turn of its own, `update_s`.
+    `bound_s` is the busiest lane alone: no schedule of this placement can be faster.
+    """
+
+    step_s: float
+    forward_s: float
+    backward_s: float
+    update_s: float
+    bottleneck: str
+    bound_s: float
+    lane_busy_s: Mapping[str, float]
+    peak_bytes: Mapping[str, int]
+    ssd_bytes_written_per_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """One plan for one Problem; `bucket_reasons` and `activation_reasons` are in words."""
+
+    policy: str
+    buckets: tuple[BucketPlace, ...]
+    activations: tuple[Place, ...]
+    windows: Windows
+    predicted: Prediction
+    bucket_reasons: tuple[str, ...] = ()
+    activation_reasons: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers, ready for JSON."""
+        raw: dict[str, Any] = {"schema": SOLUTION_SCHEMA, **dataclasses.asdict(self)}
+        raw["predicted"]["lane_busy_s"] = dict(self.predicted.lane_busy_s)
+        raw["predicted"]["peak_bytes"] = dict(self.predicted.peak_bytes)
+        raw["buckets"] = [[str(b.weight), str(b.state)] for b in self.buckets]
+        raw["activations"] = [str(place) for place in self.activations]
+        raw["bucket_reasons"] = list(self.bucket_reasons)
+        raw["activation_reasons"] = list(self.activation_reasons)
+        return raw
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Solution:
+        """The solution `to_dict` wrote. Raises LohanError on another schema or malformed data."""
+        try:
+            fields = dict(raw)
+            schema = fields.pop("schema")
+            if schema != SOLUTION_SCHEMA:
+                raise LohanError(
+                    f"this solution has schema {schema!r}, this version reads {SOLUTION_SCHEMA}"
+                )
+            fields["buckets"] = tuple(BucketPlace(Place(w), Place(s)) for w, s in fields["buckets"])
+            fields["activations"] = tuple(Place(place) for place in fields["activations"])
+            fields["windows"] = Windows(**fields["windows"])
+            fields["predicted"] = Prediction(**fields["predicted"])
+            for key in ("bucket_reasons", "activation_reasons"):
+                fields[key] = tuple(fields[key])
+            return cls(**fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+            raise LohanError(
+                f"this is not a solution as written by Solution.to_json: {exc}"
+            ) from exc
+
+    @classmethod
+    def from_json(cls, text: str) -> Solution:
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as exc:
+            raise LohanError(f"this solution is not JSON: {exc}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """Placements that a solver must honour, by index."""
+
+    buckets: Mapping[int, BucketPlace] = field(default_factory=dict)
+    activations: Mapping[int, Place] = field(default_factory=dict)
