@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,6 @@ def test_requests_finish_in_about_the_order_they_were_made(make_engine) -> None:
 
 
 def test_several_threads_may_use_one_engine(make_engine) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     engine = make_engine(queue_depth=3)
     with ThreadPoolExecutor(6) as pool:
         for future in [pool.submit(write_then_read, engine, BLOCK * i + 17) for i in range(24)]:
