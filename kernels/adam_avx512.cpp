@@ -2,6 +2,9 @@
 #include "adam_impl.h"
 
 #if defined(LOHAN_FX_X86_64)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers (its bug 105593)
+#endif
 #include <immintrin.h>
 
 #include <cstddef>

@@ -1,0 +1,667 @@
+#include "pipeline.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <exception>
+#include <optional>
+#include <stdexcept>
+
+#include "cuda_driver.h"
+#include "native_thread.h"
+
+namespace lohan_fx {
+namespace {
+
+constexpr std::size_t kPage = 4096;  // what direct I/O asks of memory, offsets and sizes
+
+std::size_t round_up_page(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+
+std::size_t dtype_bytes(Dtype dtype) {
+  return dtype == Dtype::none ? 0 : dtype == Dtype::f32 ? 4 : 2;
+}
+
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kPage == 0; }
+
+// An array of a job, however it is kept.
+struct Array {
+  const Place* place;
+  std::size_t bytes;
+  const char* what;
+  bool read;  // its old value is needed
+};
+
+std::vector<Array> arrays_of(const AdamJob& job) {
+  const std::size_t f32 = job.numel * 4;
+  std::vector<Array> arrays{{&job.master, f32, "master weights", true},
+                            {&job.exp_avg, f32, "exp_avg", true},
+                            {&job.exp_avg_sq, f32, "exp_avg_sq", true}};
+  if (job.out_dtype != Dtype::none)
+    arrays.push_back({&job.out, job.numel * dtype_bytes(job.out_dtype), "16-bit weights", false});
+  return arrays;
+}
+
+bool share_bytes(const AdamJob& a, const AdamJob& b) {
+  for (const Array& x : arrays_of(a))
+    for (const Array& y : arrays_of(b))
+      if (x.place->extent != 0 && x.place->extent == y.place->extent &&
+          x.place->offset < y.place->offset + y.bytes && y.place->offset < x.place->offset + x.bytes)
+        return true;
+  return false;
+}
+
+// Zeros what no segment fills of 16-bit weights in a state buffer: what the buffer held before must not
+// reach the disk.
+void zero_gaps(const AdamJob& job, char* out) {
+  std::vector<std::pair<std::size_t, std::size_t>> filled;  // [begin, end) in bytes
+  for (const Segment& segment : job.segments)
+    filled.emplace_back(2 * segment.offset, 2 * (segment.offset + segment.numel));
+  std::sort(filled.begin(), filled.end());
+  const std::size_t end = round_up_page(2 * job.numel);
+  filled.emplace_back(end, end);
+  std::size_t at = 0;
+  for (const auto& [begin, next] : filled) {
+    std::memset(out + at, 0, begin - at);
+    at = next;
+  }
+}
+
+std::string seconds(double s) {
+  std::string text = std::to_string(s);
+  text.erase(text.find_last_not_of('0') + 1);
+  if (text.back() == '.') text.pop_back();
+  return text + " s";
+}
+
+}  // namespace
+
+// Where a job's bytes are. Each stage leads to the next one; a job with nothing on SSD begins at ready
+// and one with nothing to write ends after updating. A failure leads to done from anywhere.
+enum class Stage {
+  queued,    // on SSD; waits for a state buffer
+  reading,   // on their way into the buffer
+  ready,     // all in host memory; waits for its events and its turn
+  updating,  // being changed
+  writing,   // new weights in host memory; state and weights on their way to SSD
+  done,
+};
+
+struct AdamPipeline::Buffer {
+  StateBuffer memory;
+  bool taken = false;
+  std::vector<lohan_fx::Ticket> stuck;  // gave up waiting for these; they may still touch the memory
+};
+
+struct AdamPipeline::Task {
+  struct Piece {
+    std::size_t begin, end, group;
+  };
+
+  AdamJob job;
+  lohan_fx::Ticket ticket = 0;
+  bool needs_buffer = false;  // something of it is on SSD only
+  bool writes = false;        // something of it is on SSD
+  std::vector<AdamFactors> factors;
+  std::vector<Piece> pieces;
+
+  // Below: guarded by mutex_ until the stage says whose the task is.
+  Stage stage = Stage::ready;
+  bool events_done = true;
+  std::vector<std::uintptr_t> events;  // not yet complete; looked at by the Adam thread alone
+  double events_deadline_s = 0.;  // 0 until first looked at
+  Buffer* buffer = nullptr;
+  std::vector<lohan_fx::Ticket> io;  // this stage's reads or writes
+  double io_start_s = 0.;
+  std::optional<TransferError> failure;
+
+  void fail(const std::string& message, const std::string& path = "", std::int64_t offset = -1,
+            int error = 0) {
+    if (!failure)  // the first one is the cause
+      failure.emplace("optimizer job '" + job.name + "': " + message, path, offset, error);
+  }
+
+  // Calls `issue` and takes what it throws as this task's failure.
+  template <typename Issue>
+  void attempt(Issue&& issue) {
+    try {
+      issue();
+    } catch (const TransferError& error) {
+      fail(error.what(), error.path, error.offset, error.error);
+    } catch (const std::exception& error) {
+      fail(error.what());
+    }
+  }
+
+  // The array's memory: its host place, else its part of the state buffer.
+  void* memory_of(const Place& place) const {
+    if (place.host != nullptr) return place.host;
+    auto* memory = static_cast<char*>(buffer->memory.data);
+    for (const Array& array : arrays_of(job)) {
+      if (array.place == &place) break;
+      if (array.place->host == nullptr) memory += round_up_page(array.bytes);
+    }
+    return memory;
+  }
+
+  const char* doing() const {
+    switch (stage) {
+      case Stage::queued: return "waiting for a state buffer";
+      case Stage::reading: return "reading its state";
+      case Stage::ready:
+        return events_done ? "waiting for its turn" : "waiting for its gradient";
+      case Stage::updating: return "updating";
+      case Stage::writing: return "writing its state back";
+      case Stage::done: break;
+    }
+    return "done";
+  }
+};
+
+std::size_t AdamPipeline::buffer_bytes(const AdamJob& job) {
+  std::size_t bytes = 0;
+  for (const Array& array : arrays_of(job))
+    if (array.place->host == nullptr) bytes += round_up_page(array.bytes);
+  return bytes;
+}
+
+AdamPipeline::AdamPipeline(PipelineOptions options, std::shared_ptr<FileEngine> engine,
+                           std::vector<StateBuffer> buffers)
+    : options_(options), engine_(std::move(engine)) {
+  active_adam();  // throws for a wrong LOHAN_FX_ISA here, not on a thread
+  set_state_buffers(std::move(buffers));
+  try {
+    reader_ = start_thread("lohan-opt-read", [this] { read_loop(); });
+    adam_ = start_thread("lohan-opt-adam", [this] { adam_loop(); });
+    writer_ = start_thread("lohan-opt-write", [this] { write_loop(); });
+  } catch (...) {
+    close();
+    throw;
+  }
+}
+
+AdamPipeline::~AdamPipeline() { close(); }
+
+void AdamPipeline::close() {
+  const std::lock_guard one(close_mutex_);
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+    changed();
+  }
+  for (std::thread* thread : {&adam_, &reader_}) {
+    if (thread->joinable()) thread->join();
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    adam_ended_ = true;
+    changed();
+  }
+  if (writer_.joinable()) writer_.join();
+}
+
+void AdamPipeline::set_state_buffers(std::vector<StateBuffer> buffers) {
+  for (const StateBuffer& buffer : buffers)
+    if (buffer.data == nullptr || !aligned(buffer.data) || buffer.bytes == 0)
+      throw std::invalid_argument("a state buffer must be 4096-byte aligned and not empty");
+  const std::lock_guard lock(mutex_);
+  if (!tasks_.empty())
+    throw std::invalid_argument("state buffers cannot be replaced while job '" +
+                                tasks_.front()->job.name + "' is in flight; drain() first");
+  for (const auto& buffer : buffers_)
+    for (const Ticket ticket : buffer->stuck)
+      if (!engine_->done(ticket))
+        throw std::invalid_argument("a state buffer is still in the hands of a transfer that timed out");
+  buffers_.clear();
+  for (const StateBuffer& buffer : buffers) {
+    buffers_.push_back(std::make_unique<Buffer>());
+    buffers_.back()->memory = buffer;
+  }
+}
+
+void AdamPipeline::validate(const AdamJob& job) const {
+  const auto refuse = [&](const std::string& why) {
+    throw std::invalid_argument("optimizer job '" + job.name + "': " + why);
+  };
+  if (job.grad == nullptr) refuse("no gradient");
+  if (job.grad_dtype == Dtype::none) refuse("no gradient dtype");
+  if (job.out_dtype == Dtype::f32) refuse("the output has 16 bits; an fp32 weight is the master itself");
+
+  for (const Array& array : arrays_of(job)) {
+    const Place& place = *array.place;
+    const std::string what = array.what;
+    const bool both = place.host != nullptr && place.extent != 0;
+    if (place.host == nullptr && place.extent == 0) refuse(what + ": neither in memory nor on SSD");
+    if (both && place.host != job.out.host) refuse(what + ": both in memory and on SSD");
+    if (both && !aligned(place.host)) refuse(what + ": written to SSD from memory not 4096-byte aligned");
+    if (place.extent != 0 && place.offset % kPage != 0) refuse(what + ": offset not a multiple of 4096");
+    if (place.extent != 0 && engine_ == nullptr) refuse(what + ": on SSD, but there is no file engine");
+  }
+  if (job.out_dtype == Dtype::none && (job.out.host != nullptr || job.out.extent != 0))
+    refuse("an output place without an output dtype");
+
+  if (job.out.host != nullptr) {
+    const auto grad = reinterpret_cast<std::uintptr_t>(job.grad);
+    const auto out = reinterpret_cast<std::uintptr_t>(job.out.host);
+    const bool overlap = out < grad + job.numel * dtype_bytes(job.grad_dtype) &&
+                         grad < out + job.numel * dtype_bytes(job.out_dtype);
+    if (overlap && (out != grad || job.grad_dtype == Dtype::f32))
+      refuse("the output may be the gradient's own memory only if both have 16 bits");
+  }
+
+  std::vector<Segment> sorted = job.segments;
+  std::sort(sorted.begin(), sorted.end(),
+            [](const Segment& a, const Segment& b) { return a.offset < b.offset; });
+  std::size_t end = 0;
+  for (const Segment& segment : sorted) {
+    if (segment.offset < end) refuse("two segments overlap at element " + std::to_string(segment.offset));
+    if (segment.offset > job.numel || segment.numel > job.numel - segment.offset)
+      refuse("the segment at element " + std::to_string(segment.offset) + " leaves the bucket");
+    if (segment.group >= job.groups.size())
+      refuse("a segment names group " + std::to_string(segment.group) + " of " +
+             std::to_string(job.groups.size()));
+    end = segment.offset + segment.numel;
+  }
+
+  if (!job.ready_events.empty()) {
+    std::string why;
+    if (CudaDriver::get(&why) == nullptr) refuse("has CUDA events, but no driver: " + why);
+  }
+}
+
+Ticket AdamPipeline::submit(AdamJob job) {
+  std::erase(job.ready_events, std::uintptr_t{0});
+  validate(job);
+  auto task = std::make_shared<Task>();
+  for (const AdamStep& step : job.groups) task->factors.emplace_back(step);
+  for (const Segment& segment : job.segments)
+    for (std::size_t at = 0; at < segment.numel; at += kAdamPiece)
+      task->pieces.push_back({segment.offset + at,
+                              segment.offset + std::min(segment.numel, at + kAdamPiece), segment.group});
+  const std::size_t bytes = buffer_bytes(job);
+  for (const Array& array : arrays_of(job)) task->writes |= array.place->extent != 0;
+  task->needs_buffer = bytes > 0;
+  task->events = std::move(job.ready_events);
+  task->events_done = task->events.empty();
+  task->job = std::move(job);
+
+  const std::lock_guard lock(mutex_);
+  if (stopping_) throw std::invalid_argument("this pipeline is closed");
+  if (task->needs_buffer) {
+    std::size_t smallest = buffers_.empty() ? 0 : SIZE_MAX;
+    for (const auto& buffer : buffers_) smallest = std::min(smallest, buffer->memory.bytes);
+    if (bytes > smallest)
+      throw std::invalid_argument("optimizer job '" + task->job.name + "' takes " +
+                                  std::to_string(bytes) + " bytes of state buffer; the smallest has " +
+                                  std::to_string(smallest));
+    task->stage = Stage::queued;
+  }
+  task->ticket = ++last_ticket_;
+  tasks_.push_back(task);
+  start_reads();
+  changed();
+  return task->ticket;
+}
+
+// ---- with mutex_ held ----
+
+void AdamPipeline::changed() {
+  ++changes_;
+  change_.notify_all();
+}
+
+bool AdamPipeline::conflicts(const Task& task) const {
+  for (const TaskPtr& earlier : tasks_) {
+    if (earlier.get() == &task) return false;
+    if (earlier->job.name == task.job.name || share_bytes(earlier->job, task.job)) return true;
+  }
+  return false;
+}
+
+AdamPipeline::Buffer* AdamPipeline::free_buffer() {
+  for (const auto& buffer : buffers_) {
+    std::erase_if(buffer->stuck, [&](Ticket ticket) { return engine_->done(ticket); });
+    if (!buffer->taken && buffer->stuck.empty()) return buffer.get();
+  }
+  return nullptr;
+}
+
+// See [Note: the order of reads and writes].
+void AdamPipeline::start_reads() {
+  for (const TaskPtr& task : tasks_) {
+    if (task->stage != Stage::queued) continue;
+    if (stopping_) return;
+    if (options_.mode == PipelineMode::naive && (task != tasks_.front() || !task->events_done)) return;
+    if (conflicts(*task)) return;
+    Buffer* const buffer = free_buffer();
+    if (buffer == nullptr) return;
+    buffer->taken = true;
+    task->buffer = buffer;
+    task->stage = Stage::reading;
+    task->io_start_s = now_s();
+    task->attempt([&] {
+      for (const Array& array : arrays_of(task->job))
+        if (array.read && array.place->host == nullptr)
+          task->io.push_back(engine_->read(array.place->extent, array.place->offset,
+                                           task->memory_of(*array.place), array.bytes,
+                                           task->job.name + " " + array.what));
+    });
+    reading_.push_back(task);
+  }
+}
+
+void AdamPipeline::finish(const TaskPtr& task) {
+  task->stage = Stage::done;
+  if (task->buffer != nullptr) task->buffer->taken = false;
+  if (task->failure)
+    failures_.emplace(task->ticket, *task->failure);
+  else
+    ++stats_.jobs;
+  std::erase(tasks_, task);
+  start_reads();
+  changed();
+}
+
+// ---- the three threads ----
+
+// Waits for the task's reads or writes. Called without mutex_; the stage makes the task ours.
+void AdamPipeline::wait_all(Task& task) {
+  const double deadline_s = task.io_start_s + options_.timeout_s;
+  std::vector<Ticket> stuck;
+  for (const Ticket ticket : task.io) {
+    task.attempt([&] { engine_->wait(ticket, std::max(0., deadline_s - now_s())); });
+    if (task.failure && !engine_->done(ticket)) stuck.push_back(ticket);
+  }
+  task.io.clear();
+  if (stuck.empty() || task.buffer == nullptr) return;
+  const std::lock_guard lock(mutex_);
+  task.buffer->stuck = std::move(stuck);
+}
+
+void AdamPipeline::read_loop() {
+  std::unique_lock lock(mutex_);
+  double busy_until_s = 0.;
+  for (;;) {
+    change_.wait(lock, [&] { return !reading_.empty() || stopping_; });
+    if (reading_.empty()) return;
+    const TaskPtr task = reading_.front();
+    lock.unlock();
+    wait_all(*task);
+    const double end_s = now_s();
+    lock.lock();
+    reading_.pop_front();
+    record(*task, "ssd_read", task->io_start_s, end_s);
+    // Reads are issued ahead: the seconds of two that overlap count once.
+    stats_.read_s += end_s - std::max(task->io_start_s, busy_until_s);
+    busy_until_s = end_s;
+    if (stopping_) task->fail("the pipeline was closed before its update");
+    if (task->failure) {
+      finish(task);
+    } else {
+      task->stage = Stage::ready;
+      changed();
+    }
+  }
+}
+
+// True when the task's events are complete, or one has failed it. Without mutex_: a driver call can
+// take long while memory is being pinned.
+bool AdamPipeline::poll_events(Task& task) {
+  if (task.events_deadline_s == 0.) task.events_deadline_s = now_s() + options_.timeout_s;
+  bool all_done = false;
+  task.attempt([&] {
+    CudaDriver& driver = *CudaDriver::get();
+    if (!cuda_entered_) driver.enter(options_.cuda_device);
+    cuda_entered_ = true;
+    while (!task.events.empty() && driver.done(task.events.back())) task.events.pop_back();
+    all_done = task.events.empty();
+  });
+  if (!all_done && now_s() > task.events_deadline_s)
+    task.fail("its gradient has not arrived after " + seconds(options_.timeout_s));
+  return all_done || task.failure;
+}
+
+void AdamPipeline::update(Task& task) {
+  const AdamJob& job = task.job;
+  const bool has_out = job.out_dtype != Dtype::none;
+  const AdamArrays arrays{static_cast<float*>(task.memory_of(job.master)),
+                          static_cast<float*>(task.memory_of(job.exp_avg)),
+                          static_cast<float*>(task.memory_of(job.exp_avg_sq)),
+                          job.grad,
+                          job.grad_dtype,
+                          has_out ? task.memory_of(job.out) : nullptr,
+                          job.out_dtype};
+  if (has_out && job.out.host == nullptr) zero_gaps(job, static_cast<char*>(arrays.out16));
+  pool_.run(task.pieces.size(), options_.num_threads, [&](std::size_t i) {
+    const Task::Piece& piece = task.pieces[i];
+    adam_update(arrays, task.factors[piece.group], piece.begin, piece.end);
+  });
+}
+
+void AdamPipeline::adam_loop() {
+  constexpr std::chrono::microseconds kShortestPoll{20}, kLongestPoll{500};
+  auto poll = kShortestPoll;
+  std::unique_lock lock(mutex_);
+  while (!stopping_) {
+    // Whose turn it is: the first job not yet updated, else the first one that needs no disk.
+    std::vector<TaskPtr> candidates;
+    for (const TaskPtr& task : tasks_) {
+      if (task->stage >= Stage::updating) {
+        if (options_.mode == PipelineMode::naive) break;
+        continue;
+      }
+      if (candidates.empty()) {
+        candidates.push_back(task);
+        if (options_.mode == PipelineMode::naive) break;
+      } else if (!task->needs_buffer) {
+        candidates.push_back(task);
+        break;
+      }
+    }
+
+    TaskPtr next;
+    bool polling = false;
+    const std::uint64_t seen = changes_;
+    for (const TaskPtr& task : candidates) {
+      const bool asks_first = options_.mode == PipelineMode::naive && task->stage == Stage::queued;
+      if ((task->stage != Stage::ready && !asks_first) || conflicts(*task)) continue;
+      if (!task->events_done) {
+        lock.unlock();
+        const bool arrived = poll_events(*task);
+        lock.lock();
+        if (!arrived) {
+          polling = true;
+          continue;
+        }
+        task->events_done = true;
+        if (task->failure) {
+          finish(task);
+          break;
+        }
+        if (asks_first) {
+          start_reads();
+          changed();
+        }
+      }
+      if (task->stage == Stage::ready) {
+        next = task;
+        break;
+      }
+    }
+
+    if (next != nullptr && !stopping_) {
+      poll = kShortestPoll;
+      next->stage = Stage::updating;
+      lock.unlock();
+      const double start_s = now_s();
+      update(*next);
+      const double end_s = now_s();
+      lock.lock();
+      for (const Task::Piece& piece : next->pieces) stats_.params += piece.end - piece.begin;
+      stats_.adam_s += end_s - start_s;
+      record(*next, "cpu_adam", start_s, end_s);
+      if (next->writes) {
+        next->stage = Stage::writing;
+        writing_.push_back(next);
+        changed();
+      } else {
+        finish(next);
+      }
+      continue;
+    }
+
+    if (changes_ != seen) continue;
+    double* idle_s = nullptr;
+    if (!candidates.empty()) {
+      const Task& first = *candidates.front();
+      if (!first.events_done && (first.stage == Stage::ready || polling))
+        idle_s = &stats_.event_wait_s;
+      if (first.stage == Stage::reading || (first.stage == Stage::queued && first.events_done))
+        idle_s = &stats_.read_wait_s;
+    }
+    const double start_s = now_s();
+    const auto changed_meanwhile = [&] { return changes_ != seen; };
+    if (polling) {
+      change_.wait_for(lock, poll, changed_meanwhile);
+      poll = std::min(poll * 2, kLongestPoll);
+    } else {
+      change_.wait(lock, changed_meanwhile);
+    }
+    if (idle_s != nullptr) *idle_s += now_s() - start_s;
+  }
+
+  // What is being read is dropped by the reader, once nothing writes into its buffer any more.
+  const std::deque<TaskPtr> left = tasks_;
+  for (const TaskPtr& task : left) {
+    if (task->stage != Stage::queued && task->stage != Stage::ready) continue;
+    task->fail("the pipeline was closed before its update");
+    finish(task);
+  }
+  lock.unlock();
+  if (cuda_entered_) CudaDriver::get()->leave(options_.cuda_device);
+}
+
+void AdamPipeline::write_loop() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    change_.wait(lock, [&] { return !writing_.empty() || adam_ended_; });
+    if (writing_.empty()) return;
+    const TaskPtr task = writing_.front();
+    writing_.pop_front();
+    lock.unlock();
+    task->io_start_s = now_s();
+    task->attempt([&] {
+      for (const Array& array : arrays_of(task->job))
+        if (array.place->extent != 0)
+          task->io.push_back(engine_->write(array.place->extent, array.place->offset,
+                                            task->memory_of(*array.place), array.bytes,
+                                            task->job.name + " " + array.what));
+    });
+    wait_all(*task);
+    const double end_s = now_s();
+    lock.lock();
+    stats_.write_s += end_s - task->io_start_s;
+    record(*task, "ssd_write", task->io_start_s, end_s);
+    finish(task);
+  }
+}
+
+// ---- for callers ----
+
+const AdamPipeline::Task* AdamPipeline::find(Ticket ticket) const {
+  if (ticket > last_ticket_)
+    throw std::invalid_argument("no optimizer job has ticket " + std::to_string(ticket));
+  for (const TaskPtr& task : tasks_)
+    if (task->ticket == ticket) return task.get();
+  return nullptr;
+}
+
+bool AdamPipeline::done(Ticket ticket) const {
+  const std::lock_guard lock(mutex_);
+  return find(ticket) == nullptr;
+}
+
+bool AdamPipeline::weights_ready(Ticket ticket) const {
+  const std::lock_guard lock(mutex_);
+  const Task* const task = find(ticket);
+  return task == nullptr || task->stage >= Stage::writing;
+}
+
+void AdamPipeline::wait_until(const std::function<bool()>& reached,
+                              const std::function<std::string()>& missed, double timeout_s,
+                              const std::function<void()>& between,
+                              std::unique_lock<std::mutex>& lock) const {
+  const double deadline_s = now_s() + timeout_s;
+  while (!reached()) {
+    const double left_s = deadline_s - now_s();
+    if (left_s <= 0.)
+      throw TransferError(missed() + " after " + seconds(timeout_s), "", -1, ETIMEDOUT);
+    const double slice_s = between ? std::min(left_s, .1) : left_s;
+    change_.wait_for(lock, std::chrono::duration<double>(std::min(slice_s, 3600.)), reached);
+    if (between && !reached()) {
+      lock.unlock();
+      between();
+      lock.lock();
+    }
+  }
+}
+
+void AdamPipeline::wait_for(Ticket ticket, bool weights_only, double timeout_s,
+                            const std::function<void()>& between) const {
+  std::unique_lock lock(mutex_);
+  const auto reached = [&] {
+    const Task* const task = find(ticket);
+    return task == nullptr || (weights_only && task->stage >= Stage::writing);
+  };
+  const auto missed = [&] {
+    const Task& task = *find(ticket);
+    return "optimizer job '" + task.job.name + "' is not done (" + task.doing() + ")";
+  };
+  wait_until(reached, missed, timeout_s, between, lock);
+  const auto failure = failures_.find(ticket);
+  if (failure != failures_.end()) throw TransferError(failure->second);
+}
+
+void AdamPipeline::wait(Ticket ticket, double timeout_s, const std::function<void()>& between) const {
+  wait_for(ticket, false, timeout_s, between);
+}
+
+void AdamPipeline::wait_weights(Ticket ticket, double timeout_s,
+                                const std::function<void()>& between) const {
+  wait_for(ticket, true, timeout_s, between);
+}
+
+void AdamPipeline::drain(double timeout_s, const std::function<void()>& between) const {
+  std::unique_lock lock(mutex_);
+  const auto missed = [&] {
+    const Task& task = *tasks_.front();
+    return std::to_string(tasks_.size()) + " optimizer jobs are not done, the first of them '" +
+           task.job.name + "' (" + task.doing() + ")";
+  };
+  wait_until([&] { return tasks_.empty(); }, missed, timeout_s, between, lock);
+  if (!failures_.empty()) throw TransferError(failures_.begin()->second);
+}
+
+void AdamPipeline::record(const Task& task, const char* lane, double start_s, double end_s) {
+  if (options_.trace_events == 0) return;
+  if (trace_.size() == options_.trace_events) trace_.pop_front();
+  trace_.push_back({task.job.name, lane, start_s, end_s});
+}
+
+PipelineStats AdamPipeline::stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+std::vector<AdamPipeline::Event> AdamPipeline::take_trace() {
+  const std::lock_guard lock(mutex_);
+  std::vector<Event> events(trace_.begin(), trace_.end());
+  trace_.clear();
+  return events;
+}
+
+}  // namespace lohan_fx

@@ -1,0 +1,184 @@
+// Optimizer jobs, one after another: read a bucket's state from SSD, update it, write it back.
+//
+// [Note: the order of reads and writes]
+// A job whose state is on SSD borrows one of the state buffers from the start of its read to the end of
+// its write. Optimized: a read starts as soon as a buffer is free, so the next job's read goes ahead of
+// this job's write, and that write runs beside the next job's update; two buffers are enough for the
+// overlap. Naive: one job is read, updated and written before anything of the next one starts. The
+// numbers are the same; only the time differs.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "adam.h"
+#include "files.h"
+#include "thread_pool.h"
+
+namespace lohan_fx {
+
+// Where one array of a bucket lives. Exactly one of `host` and `extent` is set (see AdamJob::out for
+// the exception). `offset` is in bytes within the extent, a multiple of 4096.
+struct Place {
+  void* host = nullptr;
+  ExtentId extent = 0;
+  std::uint64_t offset = 0;
+};
+
+// Elements [offset, offset + numel) of the bucket, updated with the scalars of groups[group].
+struct Segment {
+  std::size_t offset, numel, group;
+};
+
+// One bucket's update. All host memory stays valid, and is left alone by others, until the job is done.
+struct AdamJob {
+  std::string name;
+  std::size_t numel = 0;          // elements of every array, gaps between segments included
+  const void* grad = nullptr;
+  Dtype grad_dtype = Dtype::f32;
+  std::vector<Segment> segments;  // disjoint; what lies between them keeps its value
+  std::vector<AdamStep> groups;
+  Place master, exp_avg, exp_avg_sq;  // fp32
+  // New weights in 16 bit. With a host place and an extent both, they are written to the host place
+  // (4096-byte aligned, with room up to the next multiple) and from there to the extent. An extent alone
+  // is filled from a state buffer, its gaps with zeros. Dtype::none: the master is the weight.
+  Place out;
+  Dtype out_dtype = Dtype::none;
+  // CUevents that must be complete before the gradient is read and any weight is written.
+  std::vector<std::uintptr_t> ready_events;
+};
+
+struct StateBuffer {
+  void* data = nullptr;  // 4096-byte aligned
+  std::size_t bytes = 0;
+};
+
+enum class PipelineMode { optimized, naive };
+
+struct PipelineOptions {
+  unsigned num_threads = 0;        // of the update; 0 = all usable CPUs
+  PipelineMode mode = PipelineMode::optimized;
+  double timeout_s = 600.;         // for one job's read, write, or wait for its events
+  int cuda_device = 0;             // whose context the events belong to
+  std::size_t trace_events = 1u << 16;  // kept for take_trace(); newest win
+};
+
+// Totals since construction. Seconds of different lanes overlap.
+struct PipelineStats {
+  double adam_s = 0.;        // updating
+  double read_s = 0.;        // at least one job being read
+  double write_s = 0.;       // a job being written
+  double read_wait_s = 0.;   // nothing to update, the next job's state not read yet
+  double event_wait_s = 0.;  // nothing to update, the next job's events not complete
+  std::uint64_t params = 0;  // elements updated
+  std::uint64_t jobs = 0;    // finished, the failed ones left out
+};
+
+// Thread-safe. Jobs are updated in the order they were submitted, except that one with everything in
+// DRAM does not wait for another's read. Two jobs with the same name, or that share bytes on SSD, never
+// overlap in time.
+class AdamPipeline {
+ public:
+  struct Event {
+    std::string name;  // the job's
+    const char* lane;  // "ssd_read", "cpu_adam" or "ssd_write"
+    double start_s, end_s;  // CLOCK_MONOTONIC
+  };
+
+  AdamPipeline(PipelineOptions options, std::shared_ptr<FileEngine> engine,
+               std::vector<StateBuffer> buffers);
+  ~AdamPipeline();  // close()
+  AdamPipeline(const AdamPipeline&) = delete;
+  AdamPipeline& operator=(const AdamPipeline&) = delete;
+
+  // Only while no job is in flight.
+  void set_state_buffers(std::vector<StateBuffer> buffers);
+
+  // Bytes of state buffer this job takes; 0 if nothing of it is on SSD only.
+  static std::size_t buffer_bytes(const AdamJob& job);
+
+  // Throws std::invalid_argument for a job that makes no sense or fits no state buffer. Tickets grow
+  // by one.
+  Ticket submit(AdamJob job);
+
+  // Done: the new weights are in host memory (if they have a place there) and everything on SSD is
+  // written. A failed job is done; wait() then throws what went wrong, as often as it is called.
+  bool done(Ticket ticket) const;
+  // The new weights are in host memory; the write-back may still be under way.
+  bool weights_ready(Ticket ticket) const;
+
+  // Throw TransferError, naming the job, if it failed or is not there after timeout_s seconds.
+  // `between` is called several times a second meanwhile and may throw.
+  void wait(Ticket ticket, double timeout_s, const std::function<void()>& between = {}) const;
+  void wait_weights(Ticket ticket, double timeout_s, const std::function<void()>& between = {}) const;
+  // Waits for all jobs. Once a job has failed every drain throws: state may be lost.
+  void drain(double timeout_s, const std::function<void()>& between = {}) const;
+
+  // Finishes the jobs under way, drops those whose update has not begun, joins the threads.
+  void close();
+
+  PipelineStats stats() const;
+  std::vector<Event> take_trace();
+
+ private:
+  struct Task;
+  struct Buffer;
+  using TaskPtr = std::shared_ptr<Task>;
+
+  void read_loop();
+  void adam_loop();
+  void write_loop();
+
+  void start_reads();  // these with mutex_ held
+  bool conflicts(const Task& task) const;
+  Buffer* free_buffer();
+  void finish(const TaskPtr& task);
+  void changed();
+  const Task* find(Ticket ticket) const;
+  void record(const Task& task, const char* lane, double start_s, double end_s);
+
+  bool poll_events(Task& task);
+  void update(Task& task);
+  void wait_all(Task& task);
+  void validate(const AdamJob& job) const;
+  void wait_until(const std::function<bool()>& reached, const std::function<std::string()>& missed,
+                  double timeout_s, const std::function<void()>& between,
+                  std::unique_lock<std::mutex>& lock) const;
+  void wait_for(Ticket ticket, bool weights_only, double timeout_s,
+                const std::function<void()>& between) const;
+
+  const PipelineOptions options_;
+  const std::shared_ptr<FileEngine> engine_;
+  ThreadPool pool_;
+
+  mutable std::mutex mutex_;
+  mutable std::condition_variable change_;
+  std::uint64_t changes_ = 0;
+  std::deque<TaskPtr> tasks_;    // all that are not done, in ticket order
+  std::deque<TaskPtr> reading_;  // in the order their reads were issued
+  std::deque<TaskPtr> writing_;  // updated, in order
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  std::map<Ticket, TransferError> failures_;
+  Ticket last_ticket_ = 0;
+  bool stopping_ = false;
+  bool adam_ended_ = false;
+  PipelineStats stats_;
+  std::deque<Event> trace_;
+
+  bool cuda_entered_ = false;  // of the Adam thread alone
+
+  std::mutex close_mutex_;
+  std::thread reader_, adam_, writer_;
+};
+
+}  // namespace lohan_fx
