@@ -18,6 +18,7 @@ from lohan_fx.compiler.stages import (
     backward_calls,
     node_bytes,
     node_flops,
+    settle_stragglers,
 )
 from lohan_fx.errors import PassError
 
@@ -254,3 +255,15 @@ def test_a_table_look_up_reads_the_rows_it_returns() -> None:
     rows = builder.input("rows", 2, dtype=torch.int64)
     look_up = builder.call(aten.embedding.default, table, rows)
     assert node_bytes(look_up) == 2 * 8 * 4 + 2 * 8 * 4 + 2 * 8
+
+
+def test_a_straggler_of_an_earlier_stage_moves_up_to_what_it_reads() -> None:
+    builder = GraphBuilder()
+    x = builder.input("x", 4)
+    first = builder.call(aten.relu.default, x, stage=0)
+    second = builder.call(aten.exp.default, first, stage=1)
+    late = builder.call(aten.neg.default, first, stage=0)
+    module = builder.module(second, late)
+    settle_stragglers(module.graph)
+    calls = [node for node in module.graph.nodes if node.op == "call_function"]
+    assert calls == [first, late, second]

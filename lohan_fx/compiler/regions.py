@@ -312,17 +312,34 @@ class _Cutter:
 def _check(node: fx.Node) -> None:
     if node.op not in ("placeholder", "get_attr", "call_function", "output"):
         raise PassError(f"{node.name} is a {node.op}; only call_function can be lowered")
+    if _is_random_state(node) or _saves_random_state(node):
+        return
     value = node.meta.get("val")
     for item in value if isinstance(value, (list, tuple)) else (value,):
-        symbolic = isinstance(item, (torch.SymInt, torch.SymFloat, torch.SymBool))
-        if isinstance(item, torch.Tensor):
-            sizes = (*item.shape, *item.stride(), item.storage_offset())
-            symbolic = any(isinstance(size, torch.SymInt) for size in sizes)
-        if symbolic:
+        if is_symbolic(item):
             raise PassError(
                 f"{node.name} has a symbolic size ({item}); "
                 "pad to fixed shapes and compile with dynamic=False"
             )
+
+
+def is_symbolic(value: Any) -> bool:
+    """True for a symbolic number and for a tensor with one in its shape."""
+    if isinstance(value, torch.Tensor):
+        return any(map(is_symbolic, (*value.shape, *value.stride(), value.storage_offset())))
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _saves_random_state(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "run_and_save_rng_state"
+
+
+def _is_random_state(node: fx.Node) -> bool:
+    """True for a saved state of the CPU's generator; torch gives it a symbolic size."""
+    if _unpacks(node):
+        return bool(node.args[1] == 0) and _saves_random_state(node.all_input_nodes[0])
+    restores = [getattr(user.target, "__name__", "") == "run_with_rng_state" for user in node.users]
+    return node.op == "placeholder" and bool(restores) and all(restores)
 
 
 def _live_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -348,6 +365,8 @@ def _is_free(node: fx.Node) -> bool:
 def describe_value(value: Any) -> str:
     """All that compiled code may assume about an input or output."""
     if isinstance(value, torch.Tensor):
+        if is_symbolic(value):
+            return "random state"  # nothing else of symbolic size gets past the check
         offset = value.storage_offset() * value.element_size()
         aligned = "" if offset % _ALIGNED_BYTES == 0 else " unaligned"
         return f"{value.dtype}{list(value.shape)}{list(value.stride())}{value.device}{aligned}"

@@ -23,7 +23,7 @@ from lohan_fx.ops import is_move
 
 from .emit import Boxed, Emitted, emit
 from .region_compilers import RegionCompiler
-from .regions import Cut, Region, cut, region_of
+from .regions import Cut, Region, cut, is_symbolic, region_of
 from .values import storage_span_bytes, tensor_of, view_source
 
 _log = logging.getLogger(__name__)
@@ -113,7 +113,9 @@ def _root(node: fx.Node) -> fx.Node:
 
 def _span(node: fx.Node) -> int:
     value = tensor_of(node)
-    return 0 if value is None else storage_span_bytes(value)
+    if value is None or is_symbolic(value):  # the state of the host's random generator
+        return 0
+    return storage_span_bytes(value)
 
 
 @dataclass(slots=True)
