@@ -340,8 +340,8 @@ def gradient_interval(bucket: Bucket) -> tuple[int, int]:
     and for the last read of the weights that it overwrites.
     """
     assert bucket.grad_stage is not None
-    first = max(bucket.grad_stage, *bucket.forward_stages, *bucket.backward_stages)
-    return first, min(bucket.grad_stage, *bucket.backward_stages)
+    first = max([bucket.grad_stage, *bucket.forward_stages, *bucket.backward_stages])
+    return first, min([bucket.grad_stage, *bucket.backward_stages])
 
 
 def activation_spans(

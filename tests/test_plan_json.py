@@ -1,0 +1,213 @@
+"""The plan file: a contract that is read strictly and never executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+from problems import MIB, activation, bucket, problem
+
+from lohan_fx.errors import LohanError, PlanMismatch
+from lohan_fx.plan import (
+    PLAN_SCHEMA,
+    Plan,
+    PlanMove,
+    TensorRow,
+    build_plan,
+    build_unfit_plan,
+    json_schema,
+    validate_json,
+)
+from lohan_fx.planner import Problem, solve
+
+ROWS = (
+    TensorRow("w", "weight16", 0, (1024, 1024), "bfloat16", 2 * MIB, bucket=0),
+    TensorRow("w", "master32", 0, (1024, 1024), "float32", 4 * MIB, bucket=0),
+    TensorRow("w", "moments32", 0, (2, 1024, 1024), "float32", 8 * MIB, bucket=0),
+    TensorRow("w", "gradient", 0, (1024, 1024), "bfloat16", 2 * MIB, bucket=0),
+    TensorRow("x", "activation", "layer0", (1024,), "bfloat16", 2 * MIB, activation=0),
+    TensorRow("t", "workspace", None, (), "float32", 4),
+)
+MOVES = ({"pass": "forward", "op": "fetch", "arg": 0}, PlanMove("backward", "grad", "w"))
+
+
+def question(gpu: float = 8, width_mib: int = 2) -> Problem:
+    buckets = (bucket(0, 0, weight_mib=width_mib), bucket(1, 1))
+    return problem(2, buckets, (activation(0, 0),), gpu=gpu, ssd=0)
+
+
+def made(gpu: float = 8) -> Plan:
+    asked = question(gpu)
+    return build_plan(
+        asked,
+        solve(asked),
+        model="toy",
+        hardware="h200",
+        budget="gpu=8MiB",
+        policy="greedy",
+        tensors=ROWS,
+        schedule=MOVES,
+        tokens_per_step=1000,
+    )
+
+
+def test_a_plan_reads_back_as_it_was_written() -> None:
+    plan = made()
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json(indent=2)).to_json() == plan.to_json()
+
+
+def test_a_plan_has_every_key_of_the_contract() -> None:
+    raw = json.loads(made().to_json())
+    assert {"schema", "model", "hardware", "budget", "policy", "fits", "reasons"} <= set(raw)
+    assert set(raw["predicted"]) >= {
+        "step_s",
+        "forward_s",
+        "backward_s",
+        "tokens_per_s",
+        "model_tflops",
+        "bottleneck",
+        "peak_bytes",
+        "lane_busy_s",
+        "bound_s",
+        "ssd_bytes_written_per_step",
+    }
+    assert set(raw["predicted"]["peak_bytes"]) == {"gpu", "dram", "ssd"}
+    assert raw["predicted"]["bottleneck"] in raw["predicted"]["lane_busy_s"]
+    assert set(raw["tensors"][0]) == {
+        "name",
+        "class",
+        "layer",
+        "shape",
+        "dtype",
+        "bytes",
+        "placement",
+        "reason",
+    }
+    assert raw["schedule"][0] == {"pass": "forward", "op": "fetch", "arg": 0}
+
+
+def test_the_published_schema_is_a_schema_and_accepts_a_plan() -> None:
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    validate_json(made().to_dict())
+
+
+def test_each_array_of_a_bucket_is_where_its_tier_says() -> None:
+    # Room for the weights and not for the states.
+    placed = {t.cls: t.placement for t in made(gpu=8).tensors}
+    assert placed["weight16"] == "gpu"
+    assert placed["master32"] == placed["moments32"] == placed["gradient"] == "dram"
+    assert placed["workspace"] == "gpu"
+    assert all(t.reason for t in made().tensors)
+
+
+def test_parameters_and_rates_count_each_weight_once() -> None:
+    plan = made()
+    assert plan.num_params == 1024 * 1024
+    assert plan.predicted is not None and plan.throughput.tokens_per_s is not None
+    assert plan.throughput.tokens_per_s == pytest.approx(1000 / plan.predicted.step_s)
+    assert plan.throughput.model_tflops == pytest.approx(
+        6 * 1024 * 1024 * plan.throughput.tokens_per_s / 1e12
+    )
+    assert plan.with_tokens(2000).throughput.tokens_per_s == pytest.approx(
+        2 * plan.throughput.tokens_per_s
+    )
+
+
+def test_measured_numbers_travel_with_the_plan() -> None:
+    plan = made().with_measured({"step_s": 1.5})
+    assert json.loads(plan.to_json())["measured"] == {"step_s": 1.5}
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_plan_for_this_graph_gives_its_solution_on_any_machine() -> None:
+    plan = made()
+    assert plan.solution_for(question(gpu=100)) == plan.solution
+
+
+def test_a_plan_for_another_graph_is_refused_with_the_differences() -> None:
+    with pytest.raises(PlanMismatch, match=r"'bucket0' has 2097152 elements instead of 1048576"):
+        made().solution_for(question(width_mib=4))
+    with pytest.raises(PlanMismatch, match="3 stages instead of 2"):
+        made().check_matches(problem(3, (bucket(0, 0), bucket(1, 1)), (activation(0, 0),)))
+    with pytest.raises(PlanMismatch, match="in other stages"):
+        made().check_matches(problem(2, (bucket(0, 1), bucket(1, 1)), (activation(0, 0),)))
+
+
+def test_a_plan_of_another_schema_is_refused_with_both_numbers() -> None:
+    raw = json.loads(made().to_json()) | {"schema": PLAN_SCHEMA + 1}
+    with pytest.raises(LohanError, match=f"schema {PLAN_SCHEMA + 1}.*reads {PLAN_SCHEMA}"):
+        Plan.from_json(json.dumps(raw))
+
+
+def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(raw: dict[str, Any]) -> None:
+        *parents, last = path.split("/")
+        at: Any = raw
+        for key in parents:
+            at = at[int(key)] if key.isdigit() else at[key]
+        at[int(last) if last.isdigit() else last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "path_and_value",
+    [
+        ("tensors/0/placement", "moon"),
+        ("tensors/0/class", "weight8"),
+        ("tensors/0/bytes", -1),
+        ("tensors/0/bytes", 1.5),
+        ("predicted", None),
+        ("predicted/peak_bytes/gpu", "1"),
+        ("schedule/0/pass", "sideways"),
+        ("solution/buckets/0", ["gpu"]),
+        ("solution/windows/grad_buffers", None),
+        ("fingerprint", "abc"),
+        ("surprise", 1),
+        ("model", {"__reduce__": "os.system"}),
+    ],
+    ids=lambda pair: pair[0],
+)
+def test_a_plan_that_breaks_the_schema_is_refused_where_it_does(
+    path_and_value: tuple[str, Any],
+) -> None:
+    path, value = path_and_value
+    raw = json.loads(made().to_json())
+    _set(path, value)(raw)
+    with pytest.raises(LohanError, match="this is not a plan: at"):
+        Plan.from_json(json.dumps(raw))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3"])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(LohanError, match="this plan"):
+        Plan.from_json(text)
+
+
+def test_a_plan_that_does_not_fit_says_why_and_cannot_be_run() -> None:
+    plan = build_unfit_plan(
+        question(), "GPU too small", model="m", hardware="h", budget="1", policy="greedy"
+    )
+    again = Plan.from_json(plan.to_json())
+    assert again == plan and not again.fits and again.reasons == ("GPU too small",)
+    with pytest.raises(LohanError, match="GPU too small"):
+        again.solution_for(question())
+
+
+def test_an_unknown_class_of_tensor_is_refused_by_name() -> None:
+    asked = question()
+    row = TensorRow("w", "weight8", 0, (1,), "int8", 1, bucket=0)
+    with pytest.raises(LohanError, match="'weight8'"):
+        build_plan(
+            asked,
+            solve(asked),
+            model="m",
+            hardware="h",
+            budget="",
+            policy="greedy",
+            tensors=[row],
+        )
