@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ from toy import (
     make_runtime,
     make_slots,
     place,
+    stubs_of,
+    values_of,
 )
 
 from lohan_fx.errors import LohanError, PlanMismatch, TrainingLoopError, TransferError
@@ -109,6 +113,17 @@ def test_a_dram_budget_that_is_too_small_is_refused_and_says_who_asked(tmp_path:
     buckets = make_buckets(4)
     with pytest.raises(LohanError, match=r"state of bucket 1 needs .* dram"):
         make_runtime(tmp_path, buckets, [place(D, D)] * 4, dram_bytes=60_000)
+
+
+def test_parameters_that_do_not_fit_are_given_back(tmp_path: Path) -> None:
+    buckets = make_buckets(4, "bfloat16")
+    runtime = Runtime(torch.device("cpu"), dram_bytes=120_000)
+    values = values_of(buckets)
+    with pytest.raises(LohanError, match="raise the dram budget"):
+        runtime.adopt(buckets, stubs_of(buckets), values, [place(D, D)] * 4)
+    assert all(torch.equal(value, values[pid]) for pid, value in values_of(buckets).items())
+    assert runtime.stats().current_bytes["dram"] == 0
+    runtime.close()
 
 
 def test_what_the_runtime_holds_stays_within_the_budgets(tmp_path: Path) -> None:
@@ -298,6 +313,22 @@ def test_a_closed_runtime_refuses_to_work(tmp_path: Path) -> None:
     with pytest.raises(LohanError, match="closed"):
         runtime.weight(0)
     assert runtime.stats().current_bytes == {"gpu": 0, "dram": 0, "ssd": 0}
+
+
+def test_a_process_may_end_without_closing(tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; import sys; from test_runtime_limits import busy_runtime; "
+        "runtime, driver = busy_runtime(Path(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_poison_reaches_a_weight_that_is_read_after_its_release(tmp_path: Path) -> None:

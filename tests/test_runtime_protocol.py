@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from late_device import LateDevice
 from toy import (
     D,
     Driver,
@@ -23,7 +24,7 @@ from toy import (
 )
 
 from lohan_fx.errors import LohanError, TrainingLoopError
-from lohan_fx.program import Move, Program
+from lohan_fx.program import Move, Program, Tier
 from lohan_fx.runtime import Runtime
 
 BUCKETS = make_buckets(3)
@@ -162,6 +163,27 @@ def test_waiting_gradients_may_be_discarded(tmp_path: Path) -> None:
     runtime.step()
     assert runtime.step_count == 0
     driver.train(PROGRAM)
+    reference.step()
+    reference.check(runtime)
+    runtime.close()
+
+
+@pytest.mark.parametrize("tiers", [(G, G), (D, D), (S, D)])
+def test_a_bucket_keeps_its_weights_until_the_backward_releases_it(
+    tmp_path: Path, tiers: tuple[Tier, Tier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lohan_fx.runtime.runtime.open_device", lambda device: LateDevice())
+    (bucket,) = buckets = make_buckets(1)
+    pids = [spec.pid for spec in bucket.params]
+    order = [Move("begin_backward", 0), Move("fetch", 0), *(Move("grad", pid) for pid in pids)]
+    order += [Move("wait", 0), Move("release", 0), Move("end", 0)]
+    program = Program(0, True, (), make_program(buckets).forward, tuple(order))
+    runtime = make_runtime(tmp_path, buckets, [place(*tiers)], [program], hyper=Hyper())
+    driver, reference = Driver(runtime, buckets), Reference(buckets)
+    driver.forward(program)
+    driver.backward(program)
+    assert all(torch.equal(driver.seen[pid], reference.weight[pid]) for pid in pids)
+    runtime.step()
     reference.step()
     reference.check(runtime)
     runtime.close()

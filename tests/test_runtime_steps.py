@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from late_device import LateDevice
 from toy import (
     GROUP,
     PLACES,
@@ -28,6 +29,14 @@ from lohan_fx.runtime import AdamGroup
 MODES = ["backward", "next-forward", "serial", "naive"]
 
 
+@pytest.fixture(params=["at once", "late"])
+def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the CPU device happen at once, or as late as they may."""
+    if request.param == "late":
+        monkeypatch.setattr("lohan_fx.runtime.runtime.open_device", lambda device: LateDevice())
+
+
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", PLACES)
 def test_steps_over_all_tiers_have_the_bits_of_plain_adam(
@@ -50,6 +59,7 @@ def test_steps_over_all_tiers_have_the_bits_of_plain_adam(
     runtime.close()
 
 
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("dtype", PLACES)
 @pytest.mark.parametrize("mode", ["backward", "next-forward"])
 def test_parameters_without_a_gradient_or_a_group_keep_their_values(
@@ -85,6 +95,7 @@ def test_each_group_has_its_own_scalars(tmp_path: Path) -> None:
     runtime.close()
 
 
+@pytest.mark.usefixtures("copies")
 def test_an_evaluation_between_steps_sees_the_newest_weights(tmp_path: Path) -> None:
     buckets = make_buckets(7, "bfloat16")
     program = make_program(buckets)
@@ -106,6 +117,7 @@ def test_an_evaluation_between_steps_sees_the_newest_weights(tmp_path: Path) -> 
     runtime.close()
 
 
+@pytest.mark.usefixtures("copies")
 def test_an_evaluation_between_forward_and_backward_disturbs_neither(tmp_path: Path) -> None:
     buckets = make_buckets(4)
     program = make_program(buckets, make_slots([S, D, S]))
@@ -125,6 +137,7 @@ def test_an_evaluation_between_forward_and_backward_disturbs_neither(tmp_path: P
     runtime.close()
 
 
+@pytest.mark.usefixtures("copies")
 def test_programs_of_other_shapes_take_turns(tmp_path: Path) -> None:
     buckets = make_buckets(3)
     small = make_program(buckets, make_slots([D, S, D]), index=0)
@@ -140,6 +153,7 @@ def test_programs_of_other_shapes_take_turns(tmp_path: Path) -> None:
     runtime.close()
 
 
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("mode", ["backward", "next-forward"])
 def test_buckets_may_migrate_between_steps(tmp_path: Path, mode: str) -> None:
     tiers = PLACES["bfloat16"]

@@ -128,10 +128,10 @@ def gradient(pid: int, weight: torch.Tensor) -> torch.Tensor:
     return (weight.float() * 0.5 + 0.01 * (pid + 1)).to(weight.dtype)
 
 
-def activation(slot: Slot, salt: float) -> torch.Tensor:
+def activation(slot: Slot, salt: float, device: torch.device) -> torch.Tensor:
     count = math.prod(slot.shape)
     flat = torch.arange(count, dtype=torch.float32).mul_(0.001).add_(salt + slot.index)
-    return flat.view(slot.shape).to(getattr(torch, slot.dtype))
+    return flat.view(slot.shape).to(device, getattr(torch, slot.dtype))
 
 
 @dataclass
@@ -189,12 +189,13 @@ def make_runtime(
     faults: dict[str, object] | None = None,
     gpu_bytes: int | None = None,
     dram_bytes: int | None = None,
+    device: str = "cpu",
     **options: object,
 ) -> Runtime:
-    """A runtime on the CPU with everything adopted and, with `hyper`, an optimizer attached."""
+    """A runtime with everything adopted and, with `hyper`, an optimizer attached."""
     engine = native.FileEngine([str(tmp_path)], faults=faults) if faults is not None else None
     runtime = Runtime(
-        torch.device("cpu"),
+        torch.device(device),
         gpu_bytes=gpu_bytes,
         dram_bytes=dram_bytes,
         ssd=() if engine is not None else ((str(tmp_path), None),),
@@ -221,6 +222,12 @@ class Driver:
     seen: dict[int, torch.Tensor] = field(default_factory=dict)
     handle: torch.Tensor | None = None
     salt: float = 0.0
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    linger: int = 0  # GPU clock cycles that each wait and gradient takes, to bring races out
+
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
 
     def forward(self, program: Program) -> torch.Tensor:
         self.salt += 1
@@ -234,11 +241,18 @@ class Driver:
             self.move(program, move)
         self.handle = None
         self.saved.clear()
+        # Compared at the end only: a comparison on the way would let the device catch up.
+        assert all(torch.equal(value, saved) for value, saved in self.pairs)
+        self.pairs.clear()
 
     def train(self, program: Program) -> None:
         self.forward(program)
         self.backward(program)
         self.runtime.step()
+
+    def pause(self) -> None:
+        if self.linger:
+            torch.cuda._sleep(self.linger)
 
     def move(self, program: Program, move: Move) -> None:
         ops, number, arg = torch.ops.lohan, self.runtime.number, move.arg
@@ -250,18 +264,20 @@ class Driver:
             ops.end(number)
         elif move.op == "wait":
             views = ops.wait(number, arg)
+            self.pause()
             bucket = self.buckets[arg]
             self.live[arg] = views
             for spec, view in zip(bucket.params, views, strict=True):
                 assert view.shape == spec.shape and view.stride() == spec.stride
-                assert not view.isnan().any(), f"{spec.name} is poisoned"
+                if self.device.type == "cpu":
+                    assert not view.isnan().any(), f"{spec.name} is poisoned"
                 self.seen[spec.pid] = view.clone()
                 view = None
         elif move.op == "release":
             self.live.pop(arg)
             ops.release(number, arg)
         elif move.op == "offload":
-            x = activation(program.slots[arg], self.salt)
+            x = activation(program.slots[arg], self.salt, self.device)
             self.saved[arg], self.sources[arg] = x.clone(), x
             ops.offload(number, arg, x)
         elif move.op == "offload_wait":
@@ -270,8 +286,9 @@ class Driver:
         elif move.op == "reload_wait":
             value, slot = ops.reload_wait(number, arg), program.slots[arg]
             assert value.stride() == slot.stride
-            assert torch.equal(value, self.saved.pop(arg))
+            self.pairs.append((value.clone(), self.saved.pop(arg)))
         elif move.op == "grad":
+            self.pause()
             ops.grad(number, arg, gradient(arg, self.seen[arg]))
         else:
             getattr(ops, move.op)(number, arg)
@@ -330,14 +347,20 @@ class Reference:
                 )
                 self.weight[pid] = self.master[pid].to(self.weight[pid].dtype)
 
-    def check(self, runtime: Runtime) -> None:
-        """Every weight, master and moment has exactly these bits."""
+    def check(self, runtime: Runtime, *, rounded: frozenset[int] = frozenset()) -> None:
+        """Every weight, master and moment has exactly these bits; nearly, in buckets `rounded`."""
         for bucket in self.buckets:
             for spec in bucket.params:
                 pid = spec.pid
-                assert torch.equal(runtime.weight(pid), self.weight[pid]), spec.name
+                pairs = [(runtime.weight(pid), self.weight[pid])]
                 if spec.trainable:
-                    assert torch.equal(runtime.master(pid), self.master[pid]), spec.name
-                    exp_avg, exp_avg_sq = runtime.moments(pid)
-                    assert torch.equal(exp_avg, self.exp_avg[pid]), spec.name
-                    assert torch.equal(exp_avg_sq, self.exp_avg_sq[pid]), spec.name
+                    pairs.append((runtime.master(pid), self.master[pid]))
+                    pairs += zip(
+                        runtime.moments(pid), (self.exp_avg[pid], self.exp_avg_sq[pid]), strict=True
+                    )
+                for found, expected in pairs:
+                    if bucket.index in rounded:
+                        close = {"rtol": 1e-2, "atol": 1e-2} if found.dtype.itemsize == 2 else {}
+                        torch.testing.assert_close(found, expected, **close)
+                    else:
+                        assert torch.equal(found, expected), spec.name

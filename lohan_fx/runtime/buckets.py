@@ -254,11 +254,20 @@ class BucketHome:
         if self.state is not None:
             self.state.zero()
         for spec in self.bucket.params:
-            value = values.pop(spec.pid)
-            if self.bucket.has_master:
-                self.store(spec, "master", value)
-                value = value.detach().to(torch.float32)
-            self.store(spec, "weight", value)
+            self.set_value(spec, values[spec.pid])
+            del values[spec.pid]
+
+    def set_value(self, spec: ParamSpec, value: torch.Tensor) -> None:
+        """Set a parameter's master and, rounded from that, its weight."""
+        if self.bucket.has_master:
+            self.store(spec, "master", value)
+            value = value.detach().to(torch.float32)
+        self.store(spec, "weight", value)
+
+    def free(self) -> None:
+        self.weight.free()
+        if self.state is not None:
+            self.state.free()
 
     def move(self, placement: BucketPlacement) -> None:
         """Go to other tiers, weights first; on failure each part is whole, in its old or new tier.
@@ -308,7 +317,22 @@ class BucketStore:
         values: MutableMapping[int, torch.Tensor],
         placements: Sequence[BucketPlacement],
     ) -> None:
-        """Place every bucket and fill it, one at a time, emptying `values` on the way."""
+        """Place every bucket and fill it, one at a time, emptying `values` on the way.
+
+        On failure the values are back in `values`, masters as fp32, and nothing is held.
+        """
+        try:
+            self._adopt(buckets, values, placements)
+        except BaseException:
+            self.give_back(values)
+            raise
+
+    def _adopt(
+        self,
+        buckets: Sequence[Bucket],
+        values: MutableMapping[int, torch.Tensor],
+        placements: Sequence[BucketPlacement],
+    ) -> None:
         for bucket, placement in zip(buckets, placements, strict=True):
             for spec in bucket.params:
                 _check_dense(spec)
@@ -316,6 +340,18 @@ class BucketStore:
             home = BucketHome(self._pools, bucket, placement)
             self.homes[bucket.index] = home
             home.fill(values)
+        self._pools.drop_bounce()
+
+    def give_back(self, values: MutableMapping[int, torch.Tensor]) -> None:
+        """Undo adopt()."""
+        while self.homes:
+            _, home = self.homes.popitem()
+            section = "master" if home.bucket.trainable else "weight"
+            for spec in home.bucket.params:
+                if spec.pid not in values:
+                    values[spec.pid] = home.load(spec, section)
+            home.free()
+        self._where.clear()
         self._pools.drop_bounce()
 
     def migrate(self, placements: Mapping[int, BucketPlacement]) -> None:

@@ -7,6 +7,7 @@ an upper bound in a run. Sizes are bytes; host and SSD sizes are whole 4096-byte
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -163,6 +164,14 @@ class Pools:
         finally:
             memory.bytes = torch.empty(0, dtype=torch.uint8)
             memory.buffer = None
+
+    def free_hosts_but(self, kept: Set[int]) -> None:
+        """Free every host allocation whose address is not in `kept`; see `host_addresses`."""
+        for address in self._hosts.keys() - kept:
+            self.free_host(self._hosts[address])
+
+    def host_addresses(self) -> Set[int]:
+        return set(self._hosts)
 
     # SSD
 

@@ -245,7 +245,8 @@ class Runtime:
     ) -> None:
         """Take the values of all parameters and place them; `values` is empty of them afterwards.
 
-        Masters keep every bit of an fp32 value; moments start at zero.
+        Masters keep every bit of an fp32 value; moments start at zero. On failure the values are
+        back in `values`.
 
         Raises:
             PlanMismatch: stubs do not match the buckets, or tiers that no update rule covers.
@@ -264,7 +265,11 @@ class Runtime:
                     )
         with torch.inference_mode(False), torch.no_grad():
             self._parts.store.adopt(buckets, values, placements)
-            self._open_windows()
+            try:
+                self._open_windows()
+            except BaseException:
+                self._parts.store.give_back(values)
+                raise
 
     def place(self, placements: Sequence[BucketPlacement], options: RuntimeOptions) -> None:
         """Migrate to other tiers and windows, one bucket at a time, when all that runs has finished.
@@ -306,7 +311,14 @@ class Runtime:
     def _open_windows(self) -> None:
         self._grad_plans.clear()
         self._checked.clear()
-        windows = _Windows(self._pools, self._device, self._waits, self._parts.store, self._options)
+        before = self._pools.host_addresses()
+        try:
+            windows = _Windows(
+                self._pools, self._device, self._waits, self._parts.store, self._options
+            )
+        except BaseException:
+            self._pools.free_hosts_but(before)
+            raise
         self._parts.windows = windows
         windows.updates.step_count = self._step_count
         if self._hyper is not None:
@@ -339,6 +351,11 @@ class Runtime:
         self._pass = None
         self._live = None
         self._finalizer()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device.device
 
     @property
     def closed(self) -> bool:
@@ -401,12 +418,15 @@ class Runtime:
         windows = self._parts.windows
         if current is None or windows is None:
             return
-        self._device.join()
-        with contextlib.suppress(LohanError):
+        # What failed may fail again here; the error that matters is under way already.
+        failures = contextlib.suppress(LohanError, RuntimeError)
+        with failures:
+            self._device.join()
+        with failures:
             windows.inbound.cancel()
         if current.kind is not PassKind.EVALUATION:
             self._live = None
-            with contextlib.suppress(LohanError):
+            with failures:
                 windows.slots.forget()
         if current.kind is PassKind.BACKWARD:
             windows.updates.abandon()
@@ -441,10 +461,7 @@ class Runtime:
         """Set a parameter: its master and, rounded from that, its weight."""
         self._quiet()
         home, spec = self._parts.store.find(pid)
-        if home.bucket.has_master:
-            home.store(spec, "master", value)
-            value = value.detach().to(torch.float32)
-        home.store(spec, "weight", value)
+        home.set_value(spec, value)
 
     def set_moments(self, pid: int, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         """Set both moments.
@@ -647,7 +664,7 @@ class Runtime:
         windows.inbound.pump()
 
     def _recover(self) -> None:
-        """Clean up after a pass that was left in the middle, and after a forward nobody will use."""
+        """Clean up after a pass left in the middle, and after a forward nobody will use."""
         self._check_open()
         self.abort()
         live = self._live
@@ -663,7 +680,8 @@ class Runtime:
     def _quiet(self) -> None:
         """Make values at rest the newest, and forget what was read ahead of them."""
         self._recover()
-        self._opened().inbound.cancel()
+        if self._parts.windows is not None:
+            self._parts.windows.inbound.cancel()
         self.drain()
 
     def _incoming(self, program: Program, which: str) -> Iterator[tuple[Key, Source]]:

@@ -233,7 +233,6 @@ class Updates:
         self._own: dict[int, _GradBuffer] = {}
         self._norms: DeviceBytes | None = None
         self._norm_index: dict[int, int] = {}
-        self._allocate_buffers()
         self._pipeline = native.AdamPipeline(
             options.num_adam_threads,
             "naive" if self._overlap is Overlap.NAIVE else "optimized",
@@ -241,6 +240,7 @@ class Updates:
             timeout_s=options.deadline_s,
             cuda_device=device.device.index or 0,
         )
+        self._allocate_buffers()
         self._give_state_buffers()
 
     # What the rest of the runtime asks
@@ -556,7 +556,7 @@ class Updates:
 
     def _take_norm(self, pid: int, flat_N: torch.Tensor) -> None:
         to = self._norms_F()[self._norm_index[pid]]
-        to.copy_(torch.linalg.vector_norm(flat_N, dtype=torch.float32))
+        torch.linalg.vector_norm(flat_N, dtype=torch.float32, out=to)
 
     def _clip_factor(self) -> float:
         """As torch.nn.utils.clip_grad_norm_; NaN and Inf pass through it as they do there."""
