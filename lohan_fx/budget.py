@@ -71,21 +71,15 @@ class Budget:
                     raise BudgetError(f"the SSD directory {path} is in the budget twice")
 
     @classmethod
-    def of(cls, value: str | int | Budget) -> Budget:
-        """A budget from what a user may write for one: text, GPU bytes, or a Budget."""
-        if isinstance(value, Budget):
-            return value
-        if isinstance(value, str):
-            return cls.parse(value)
-        return cls(gpu=value)
+    def parse(cls, text: str | int | Budget) -> Budget:
+        """A budget from "gpu=24GB, dram=100GB, ssd=/mnt/a:1TB+/mnt/b", "24GB" or bytes (GPU only).
 
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """A budget from "gpu=24GB, dram=100GB, ssd=/mnt/a:1TB+/mnt/b", or "24GB" (GPU only).
-
-        `ssd=2TB` leaves the directory open, `ssd=/mnt/a` the capacity, `ssd=none` means no SSD.
+        `ssd=2TB` leaves the directory open, `ssd=/mnt/a` the capacity, `ssd=none` means no SSD. A
+        Budget is returned as it is.
         """
-        if "=" not in text:
+        if isinstance(text, Budget):
+            return text
+        if not isinstance(text, str) or "=" not in text:
             return cls(gpu=_size("gpu", text))
         values: dict[str, str] = {}
         for part in text.split(","):

@@ -320,17 +320,22 @@ def load(name_or_path: str | os.PathLike[str], num_ssds: int | None = None) -> H
     return Hardware.from_json(text)
 
 
-def detect(gpu_name: str | None = None) -> Hardware:
-    """This machine, cheaply and without torch: sizes as they are, nothing measured.
+def detect() -> Hardware:
+    """This machine without a GPU: the "GPU" is an accounted part of its memory.
 
-    With the name of its GPU, the rates are those of the preset with that GPU, or a modest GPU's
-    where there is none. Without a GPU, the "GPU" is an accounted part of the memory.
+    Cheap, and without torch: sizes are asked for, rates are generic.
     """
     here = Machine.here()
-    ssd_dir = here.default_ssd_dir
-    ssd_bytes = 0 if ssd_dir is None else here.ssd_free_bytes(ssd_dir)
-    if gpu_name is None:
-        return _cpu(here.dram_free_bytes, ssd_bytes)
+    return _cpu(here.dram_free_bytes, _free_ssd_bytes(here))
+
+
+def nearest(gpu_name: str) -> Hardware:
+    """This machine with its GPU, given the GPU's name as the driver says it.
+
+    Sizes are this machine's. Rates are those of the preset with that GPU, or of a modest GPU where
+    there is none; `source` says which.
+    """
+    here = Machine.here()
     known = [
         p for p in map(_preset_of, PRESETS) if p.gpu_name == gpu_name and p.name[:5] != "lohan"
     ]
@@ -341,11 +346,16 @@ def detect(gpu_name: str | None = None) -> Hardware:
         note = f"no preset has a {gpu_name!r}, so rates are a modest GPU's; measure this machine"
     return dataclasses.replace(
         base,
-        name=known[0].name if known else f"generic {gpu_name}",
+        name=base.name if known else f"generic {gpu_name}",
         source=f"sizes asked of this machine; {note}",
         dram_bytes=here.dram_free_bytes,
-        ssd_bytes=ssd_bytes,
+        ssd_bytes=_free_ssd_bytes(here),
     )
+
+
+def _free_ssd_bytes(machine: Machine) -> int:
+    where = machine.default_ssd_dir
+    return 0 if where is None else machine.ssd_free_bytes(where)
 
 
 def _preset_of(name: str) -> Hardware:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lohan_fx.errors import LohanError
-from lohan_fx.hardware import PRESETS, Hardware, detect, load
+from lohan_fx.hardware import PRESETS, Hardware, detect, load, nearest
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -88,14 +88,14 @@ def test_this_machine_without_a_gpu_computes_on_its_cpu() -> None:
 
 
 def test_a_known_gpu_brings_its_presets_rates_and_this_machines_sizes() -> None:
-    machine = detect("NVIDIA H100 80GB HBM3")
+    machine = nearest("NVIDIA H100 80GB HBM3")
     preset = Hardware.preset("h100-80gb")
     assert machine.h2d_bytes_per_s == preset.h2d_bytes_per_s
     assert machine.dram_bytes != preset.dram_bytes
 
 
 def test_an_unknown_gpu_is_planned_for_and_said_to_be_unknown() -> None:
-    assert "no preset has a 'Fancy 9000'" in detect("Fancy 9000").source
+    assert "no preset has a 'Fancy 9000'" in nearest("Fancy 9000").source
 
 
 def test_an_idle_preset_completes_a_budget() -> None:

@@ -76,7 +76,7 @@ def test_a_full_budget_names_every_tier() -> None:
 
 @pytest.mark.parametrize("value", ["24GB", 24 * 10**9, Budget(gpu=24 * 10**9)])
 def test_a_size_alone_is_the_gpus(value: str | int | Budget) -> None:
-    assert Budget.of(value) == Budget(gpu=24 * 10**9, dram=None, ssd=None)
+    assert Budget.parse(value) == Budget(gpu=24 * 10**9, dram=None, ssd=None)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from lohan_fx.cli.models import PRESETS as MODEL_PRESETS
 from lohan_fx.cli.models import ModelInput, resolve_model
 from lohan_fx.errors import InfeasiblePlan, LohanError
 from lohan_fx.hardware import PRESETS as HARDWARE_PRESETS
-from lohan_fx.hardware import Hardware, detect
+from lohan_fx.hardware import Hardware, detect, nearest
 from lohan_fx.hardware import load as load_hardware
 from lohan_fx.plan import Plan, build_unfit_plan
 from lohan_fx.planner import SOLVERS, NothingFits, Overlap
@@ -158,11 +159,12 @@ def _hardware_and_budget(args: argparse.Namespace) -> tuple[Hardware, Budget]:
 def _this_machine() -> tuple[Hardware, Machine]:
     import torch
 
-    name, memory = None, 0
-    if torch.cuda.is_available():
-        name, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
-    hardware = detect(name)
-    return hardware, Machine.here(memory or hardware.gpu_memory_bytes)
+    if not torch.cuda.is_available():
+        hardware = detect()
+        return hardware, Machine.here(hardware.gpu_memory_bytes)
+    memory = torch.cuda.mem_get_info()[1]
+    hardware = nearest(torch.cuda.get_device_name())
+    return dataclasses.replace(hardware, gpu_memory_bytes=memory), Machine.here(memory)
 
 
 def _plan(args: argparse.Namespace, given: ModelInput, hardware: Hardware, budget: Budget) -> Plan:
