@@ -120,10 +120,7 @@ def main() -> None:
     args = parser.parse_args()
 
     cpus = native.usable_cpus()
-    if args.threads:
-        counts = [int(count) for count in args.threads.split(",")]
-    else:
-        counts = default_threads(cpus)
+    counts = [int(n) for n in args.threads.split(",")] if args.threads else default_threads(cpus)
     numel = args.params
 
     print(f"{numel / 1e6:.0f}M parameters, {cpus} CPUs, torch {torch.__version__}")

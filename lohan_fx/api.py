@@ -17,6 +17,7 @@ from .budget import Budget, Machine
 from .errors import BudgetError, LohanError
 from .plan import Plan
 from .planner import Capacities, Overlap
+from .report import report_text
 from .session import PlanReady, Policy, Session, Settings
 from .units import format_bytes
 
@@ -45,9 +46,7 @@ class CompiledModel(torch.nn.Module):
 
     def report(self) -> str:
         """Tiers, predicted times and bytes, and what the runtime has measured so far, as text."""
-        from .report import report_text
-
-        return report_text(self._lohan)
+        return report_text(self.plan, self._lohan.stats())
 
     def graphs(self) -> dict[str, str]:
         """The rewritten graphs of the step captured last, as readable Python.

@@ -61,7 +61,8 @@ _SCHEMAS = (
     "begin_backward(int rt, Tensor handle) -> ()",
     "end(int rt) -> ()",
     "fetch(int rt, int bucket) -> ()",
-    "wait(int rt, int bucket) -> Tensor[]",
+    # The parameters of a bucket share one storage, so the result is declared as aliased.
+    "wait(int rt, int bucket) -> Tensor(a)[]",
     "release(int rt, int bucket) -> ()",
     "offload(int rt, int slot, Tensor x) -> ()",
     "offload_wait(int rt, int slot) -> ()",

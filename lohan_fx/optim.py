@@ -98,7 +98,7 @@ class Adam(torch.optim.Optimizer):
     @property
     def last_grad_norm(self) -> float | None:
         """Global L2 norm of the gradients of the last step, before clipping; None unless clipping."""
-        return self._owner.last_grad_norm  # type: ignore[attr-defined, no-any-return]
+        return self._owner.last_grad_norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -111,7 +111,8 @@ class Adam(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: gradients are consumed by the update and never reach `param.grad`."""
+        """Forget gradients that still wait for `step()`; there are none in `param.grad`."""
+        self._owner.discard_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim's: `state` by parameter index with step, exp_avg, exp_avg_sq; `param_groups`.
@@ -124,7 +125,7 @@ class Adam(torch.optim.Optimizer):
             for param in group["params"]:
                 found = owner_of(param)
                 if found is not None:
-                    self.state[param] = self._owner.optimizer_state(found[1])  # type: ignore[attr-defined]
+                    self.state[param] = self._owner.optimizer_state(found[1])
         try:
             return super().state_dict()
         finally:
@@ -150,7 +151,7 @@ class Adam(torch.optim.Optimizer):
                 state = state_dict["state"].get(index)
                 found = owner_of(param)
                 if state is not None and found is not None:
-                    self._owner.set_optimizer_state(found[1], state)  # type: ignore[attr-defined]
+                    self._owner.set_optimizer_state(found[1], state)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TrainingLoopError("a lohan_fx optimizer cannot be pickled; use state_dict()")

@@ -27,7 +27,7 @@ from .errors import CaptureError, LohanError, TrainingLoopError
 from .hardware import Hardware
 from .optim import Adam
 from .params import ManagedParams
-from .plan import Plan, TensorRow, build_plan
+from .plan import Plan, PlanMove, TensorRow, build_plan
 from .planner import (
     BucketPlace,
     Capacities,
@@ -37,10 +37,10 @@ from .planner import (
     Problem,
     Solution,
     solve,
-    violations,
+    validate,
 )
 from .program import Bucket, BucketPlacement, Tier
-from .runtime import Runtime, RuntimeOptions
+from .runtime import Runtime, RuntimeOptions, RuntimeStats
 
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
 CUDA_MARGIN_BYTES = 160 * 2**20
@@ -103,8 +103,9 @@ class Session:
             pid for pid, required in enumerate(self._requires_grad) if required
         )
         _move_buffers(model, settings.device)
+        self._step = _own_code(model)
         self._compiled = torch.compile(
-            model._call_impl, backend=Backend(self), fullgraph=True, dynamic=False
+            self._step, backend=Backend(self), fullgraph=True, dynamic=False
         )
 
     # What params.Owner, the optimizer and the compiler's Host ask for.
@@ -148,12 +149,18 @@ class Session:
         if self.runtime is not None:
             self.runtime.step()
 
+    def discard_gradients(self) -> None:
+        if self.runtime is not None:
+            self.runtime.discard_gradients()
+
     @property
     def last_grad_norm(self) -> float | None:
         return None if self.runtime is None else self.runtime.last_grad_norm
 
     def optimizer_state(self, pid: int) -> dict[str, Any]:
-        """step, exp_avg, exp_avg_sq and master of one parameter, as CPU copies."""
+        """step, exp_avg, exp_avg_sq and master of one parameter, as CPU copies; {} if frozen."""
+        if pid not in self.trainable:
+            return {}
         if self.runtime is None or not self._adopted:
             return dict(self._pending_state.get(pid, {}))
         exp_avg, exp_avg_sq = self.runtime.moments(pid)
@@ -246,9 +253,16 @@ class Session:
         )
 
     def accept(self, woven: Woven) -> None:
-        self.captured[woven.program.index].woven = woven
+        program = woven.program
+        captured = self.captured[program.index]
+        captured.woven = woven
+        if captured.plan is not None:
+            passes = (("forward", program.forward), ("backward", program.backward))
+            captured.plan = captured.plan.with_schedule(
+                PlanMove(name, move.op, move.arg) for name, moves in passes for move in moves
+            )
         assert self.runtime is not None
-        self.runtime.add_program(woven.program)
+        self.runtime.add_program(program)
 
     def keep(self, index: int, part: str, skeleton: Skeleton) -> None:
         self.captured[index].skeletons[part] = skeleton
@@ -296,12 +310,28 @@ class Session:
         except Exception as error:
             if self.runtime is not None:
                 self.runtime.abort()
-            raise _explained(error) from error
+            explained = _explained(error)
+            if explained is error:
+                raise
+            raise explained from None  # what Dynamo wraps around it says nothing more
+
+    def stats(self) -> RuntimeStats | None:
+        """What the runtime has counted; None before there is one."""
+        return None if self.runtime is None else self.runtime.stats()
+
+    def write(self, pid: int, value: torch.Tensor) -> None:
+        """Set a parameter's value (the master's, where there is one)."""
+        self._check_open()
+        if self.runtime is not None and self._adopted:
+            self.runtime.set_master(pid, value)
+        else:
+            self.params.values[pid] = value.detach().clone()
 
     def close(self) -> None:
         """Give back memory and files. The model's parameters are gone with it."""
         if not self._closed:
             self._closed = True
+            torch._dynamo.reset_code(self._step.__code__)
             if self.runtime is not None:
                 self.runtime.close()
             self.params.disown()
@@ -375,7 +405,7 @@ class Session:
                 if not forced.buckets:
                     raise
                 solution = self._run_policy(problem, Forced())
-        faults = violations(problem, solution)
+        faults = validate(problem, solution)
         if faults:
             raise LohanError(f"the plan breaks its own rules: {faults[0]} ({len(faults)} in all)")
         return solution
@@ -409,7 +439,8 @@ class Session:
             budget=str(settings.budget),
             policy=policy,
             tensors=tensor_rows(self.buckets, traced),
-            schedule=(),
+            tokens_per_step=_num_tokens(traced),
+            traced_on=str(self.device.type),
         )
 
 
@@ -475,6 +506,32 @@ def compiler_settings() -> Iterator[None]:
         pass
     with torch._dynamo.config.patch(ignore_logging_functions=ignored):
         yield
+
+
+def _own_code(model: torch.nn.Module) -> Callable[..., Any]:
+    """The model's call, hooks included, as a function whose code no other model shares.
+
+    Dynamo keeps compiled entries by code object, up to a limit, and tries each in turn.
+    """
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    step.__code__ = step.__code__.replace(co_name=f"step_of_{type(model).__name__}")
+    return step
+
+
+def _num_tokens(traced: Traced) -> int | None:
+    """Elements of the largest integer input of two dimensions (batch, sequence); None without one."""
+    sizes = [
+        value.numel()
+        for node in traced.joint.graph.find_nodes(op="placeholder")
+        if (value := tensor_of(node)) is not None
+        and node not in traced.joint.param_of
+        and value.dtype in (torch.int64, torch.int32)
+        and value.dim() == 2
+    ]
+    return max(sizes, default=None)
 
 
 def _placement(place: BucketPlace) -> BucketPlacement:

@@ -11,7 +11,7 @@ part of the score so that ties go to the move that moves less.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,8 @@ _NO_GAIN = 1e-12
 # A move is given up for one spending of a tier after this many members of its group were refused;
 # the others are alike but for the stage.
 _MOST_REFUSALS = 12
+# Rounds of giving up GPU bytes and spending them again; it ends with the first that gains nothing.
+_MOST_EXCHANGES = 4
 
 AnyPlace = BucketPlace | Place
 
@@ -94,13 +96,8 @@ def greedy(problem: Problem, forced: Forced | None = None) -> Solution:
     best = _all_on_gpu(problem, forced)
     if best is None:
         for room in sorted(Room, reverse=True):
-            found = [
-                result
-                for lowest in _lowest_tiers(problem)
-                for result in _search(problem, forced, room, lowest)
-            ]
-            if found:
-                best = min(found, key=_rank)
+            best = _best(problem, forced, room)
+            if best is not None:
                 break
     if best is None:
         raise NothingFits(_why_not(problem, forced), problem, least_bytes(problem, forced))
@@ -149,10 +146,6 @@ def _check_forced(problem: Problem, forced: Forced) -> None:
             )
 
 
-def _lowest_tiers(problem: Problem) -> tuple[Place, ...]:
-    return (Place.SSD, Place.DRAM) if problem.capacities.ssd_bytes else (Place.DRAM,)
-
-
 def _is_redone_in_place(problem: Problem, activation: Activation) -> bool:
     """True if recomputing it where backward first reads it finds its needs there anyway.
 
@@ -166,15 +159,44 @@ def _is_redone_in_place(problem: Problem, activation: Activation) -> bool:
     return all(n.last_backward_stage - 1 <= at <= n.first_backward_stage for n in needs)
 
 
-def _start(problem: Problem, forced: Forced, lowest: Place) -> Ledger:
-    """The plan with the least on the GPU: all streamed from `lowest`, recomputed or swapped."""
-    buckets = [
-        forced.buckets.get(
-            b.index,
-            BucketPlace(lowest, lowest),
-        )
-        for b in problem.buckets
+# Bucket sizes larger than most that a start may keep off the SSD.
+_MOST_OUTLIERS = 3
+
+
+def _starts(problem: Problem, forced: Forced) -> list[Ledger]:
+    """Plans to begin the search with, each with the least on the GPU.
+
+    One streams from DRAM, one from SSD. The buffers between SSD and the rest are as large as the
+    largest bucket that passes through them, so a few large ones (an embedding) may do better in
+    DRAM; the second plan is the one with the least DRAM over how many of those it keeps there.
+    """
+    from_dram = _start(problem, forced, Place.DRAM)
+    if not problem.capacities.ssd_bytes:
+        return [from_dram]
+    return [_start_with_least_dram(problem, forced), from_dram]
+
+
+def _start_with_least_dram(problem: Problem, forced: Forced) -> Ledger:
+    """Of the plans that stream from SSD, all but some of the largest buckets."""
+    sizes = sorted({b.numel for b in problem.buckets}, reverse=True)
+    starts = [
+        _start(problem, forced, Place.SSD, most_numel=most)
+        for most in (None, *sizes[1 : _MOST_OUTLIERS + 1])
     ]
+    return min(starts, key=lambda ledger: ledger.dram_bytes(ledger.windows(Room.NONE)))
+
+
+def _start(
+    problem: Problem, forced: Forced, lowest: Place, most_numel: int | None = None
+) -> Ledger:
+    """The plan with the least on the GPU: all streamed from `lowest`, recomputed or swapped.
+
+    Buckets of more than `most_numel` elements stream from DRAM.
+    """
+    buckets = []
+    for b in problem.buckets:
+        tier = Place.DRAM if most_numel is not None and b.numel > most_numel else lowest
+        buckets.append(forced.buckets.get(b.index, BucketPlace(tier, tier)))
     activations: list[Place] = []
     for a in problem.activations:
         if a.index in forced.activations:
@@ -379,11 +401,13 @@ class _Search:
         accept: Callable[[tuple[int, int, int]], bool],
         done: Callable[[], bool],
         limit: int,
+        measure: Callable[[Ledger, Ints], Floats] | None = None,
     ) -> None:
         """Make the best-scoring move among `rows` again and again.
 
-        `score` maps gains to scores, -inf for a move not wanted; `accept` sees the excess after a
-        move and may undo it; an undone move of one item is not tried again in this run.
+        `score` maps gains (or what `measure` finds instead) to scores, -inf for a move not wanted.
+        `accept` sees the excess after a move and may undo it; an undone move of one item is not
+        tried again in this run.
         """
         cursors = _Cursors(self, ledger, rows)
         for _ in range(limit):
@@ -392,7 +416,7 @@ class _Search:
             alive = cursors.alive()
             if not alive.size:
                 return
-            scores = score(self.gains(ledger, rows))
+            scores = score((measure or self.gains)(ledger, rows))
             usable = alive[scores[alive] > -np.inf]
             if not usable.size:
                 return
@@ -481,19 +505,29 @@ class _Cursors:
         return np.array(found, dtype=np.int64)
 
 
-def _search(problem: Problem, forced: Forced, room: Room, lowest: Place) -> Iterable[Solution]:
-    """The plans found from one starting point, one for each order of spending."""
+def _best(problem: Problem, forced: Forced, room: Room) -> Solution | None:
+    """The best plan over starting points and orders of spending, improved; None if nothing fits."""
     search = _Search(problem, forced, room)
+    found: list[tuple[Solution, Ledger]] = []
     for order in _ORDERS:
-        ledger = _start(problem, forced, lowest)
-        if not _repair(search, ledger):
-            return
-        for spend in order:
-            _buy(search, ledger, spend)
-        _polish(search, ledger)
+        for ledger in _starts(problem, forced):
+            if _repair(search, ledger):
+                for spend in order:
+                    _buy(search, ledger, spend)
+                _polish(search, ledger)
+                solution = _finish(problem, ledger, room)
+                if solution is not None:
+                    found.append((solution, ledger))
+    if not found:
+        return None
+    best, ledger = min(found, key=lambda pair: _rank(pair[0]))
+    for _ in range(_MOST_EXCHANGES):
+        _exchange(search, ledger)
         solution = _finish(problem, ledger, room)
-        if solution is not None:
-            yield solution
+        if solution is None or _rank(solution) >= _rank(best):
+            break
+        best = solution
+    return best
 
 
 def _repair(search: _Search, ledger: Ledger) -> bool:
@@ -540,7 +574,38 @@ def _buy(search: _Search, ledger: Ledger, spend: _Spend) -> None:
     def score(gain: Floats) -> Floats:
         return np.where(gain >= least, gain / cost, -np.inf)
 
-    search.run(ledger, rows, score, _fits, lambda: False, limit=8 * _num_items(search))
+    search.run(ledger, rows, score, _fits, _never, limit=8 * _num_items(search))
+
+
+def _exchange(search: _Search, ledger: Ledger) -> None:
+    """Give up what the GPU holds and the step does not need, then spend the room again.
+
+    What was bought early may have been made worthless by what came later: once nothing waits for
+    weights, those on the GPU could be recomputed activations instead.
+    """
+    sizes = search.sizes
+    rows = np.flatnonzero((sizes[:, 0] < 0) & (sizes[:, 2] <= 0))
+    freed = -sizes[rows, 0]
+
+    def for_nothing(saved: Floats) -> Floats:
+        return np.where(saved >= -_NO_GAIN, freed * 1.0, -np.inf)
+
+    limit = 4 * _num_items(search)
+    search.run(ledger, rows, for_nothing, _fits, _never, limit, measure=search.steps)
+    rows = np.flatnonzero((sizes[:, 0] > 0) & (sizes[:, 2] <= 0))
+    cost = sizes[rows, 0]
+
+    def for_time(saved: Floats) -> Floats:
+        return np.where(saved > _NO_GAIN, saved / cost, -np.inf)
+
+    search.run(ledger, rows, for_time, _fits, _never, limit, measure=search.steps)
+    for spend in _ORDERS[0]:
+        _buy(search, ledger, spend)
+    _polish(search, ledger)
+
+
+def _never() -> bool:
+    return False
 
 
 def _polish(search: _Search, ledger: Ledger) -> None:
@@ -550,7 +615,7 @@ def _polish(search: _Search, ledger: Ledger) -> None:
     def score(gain: Floats) -> Floats:
         return np.where(gain > 1e-9, gain, -np.inf)
 
-    search.run(ledger, rows, score, _fits, lambda: False, limit=2 * _num_items(search))
+    search.run(ledger, rows, score, _fits, _never, limit=2 * _num_items(search))
 
 
 def _fits(excess: tuple[int, int, int]) -> bool:
@@ -567,11 +632,11 @@ def _num_items(search: _Search) -> int:
 def least_bytes(problem: Problem, forced: Forced | None = None) -> dict[str, int]:
     """The least each tier must hold, in bytes.
 
-    `gpu`: with all else streamed, recomputed or swapped, and nothing moving ahead. `dram`: with
-    everything that can be on SSD there. `ssd`: with the DRAM of this problem filled first.
+    `gpu`: with all else streamed, recomputed or swapped, and nothing moving ahead. `dram`: with as
+    much on SSD as makes it least. `ssd`: with the DRAM of this problem filled first.
     """
     forced = forced or Forced()
-    ledger = _start(problem, forced, Place.SSD)
+    ledger = _start_with_least_dram(problem, forced)
     gpu, dram, everything = ledger.peaks(ledger.windows(Room.NONE))
     spare = max(0, problem.capacities.dram_bytes - dram)
     return {"gpu": gpu, "dram": dram, "ssd": max(0, everything - spare)}
@@ -588,6 +653,8 @@ def _why_not(problem: Problem, forced: Forced) -> str:
         verdict = "enough" if budget[tier] >= least[tier] else f"{_gb(least[tier])} at least"
         lines.append(f"{name}: {verdict}, the budget has {_gb(budget[tier])}")
     text = "no plan fits the budget. " + "; ".join(lines)
+    if all(budget[tier] >= least[tier] for tier in names):
+        text += ". Each tier alone would do, together they do not; any one of them larger may help"
     without_ssd = _start(problem, forced, Place.DRAM)
     dram = without_ssd.peaks(without_ssd.windows(Room.NONE))[1]
     text += f". Without any SSD, DRAM would have to hold {_gb(dram)}"

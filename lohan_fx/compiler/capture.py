@@ -29,7 +29,7 @@ from lohan_fx.program import Tier
 from .partition import Candidate, Joint, backward_nodes, find_candidates, split
 from .region_compilers import AtenCompiler, InductorCompiler, RegionCompiler
 from .skeleton import Skeleton, lower
-from .stages import StageInfo, assign_stages
+from .stages import StageInfo, assign_stages, settle_stragglers
 from .weave import Layout, Windows, Woven, check_moves, weave_inference, weave_training
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,7 @@ class _Step:
         decision = host.decide(Traced(joint, stages, candidates))
         saved = [node for c in candidates if c.index in decision.saved for node in c.nodes]
         forward, backward = split(joint, saved)
+        settle_stragglers(forward.graph)
         inherit_stages(backward.graph)
         woven = weave_training(
             forward,

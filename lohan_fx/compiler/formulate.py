@@ -32,10 +32,10 @@ class Seconds:
         for node in nodes:
             value = tensor_of(node)
             dtype = dtype_name(value.dtype) if value is not None else "float32"
-            compute = node_flops(node) / self.hardware.flops(dtype)
+            compute = node_flops(node) / self.hardware.gpu_flops_per_s(dtype)
             traffic = 0.0
             if compute > 0 or _materialised_alone(node):
-                traffic = node_bytes(node) / self.hardware.gpu_bytes_per_s
+                traffic = node_bytes(node) / self.hardware.gpu_mem_bytes_per_s
             total += max(compute, traffic)
         return total
 

@@ -94,19 +94,8 @@ def assemble(parts: Cut, compiler: RegionCompiler, fake_mode: FakeTensorMode) ->
 # inputs that die in it. Negative where inputs are freed before outputs are made.
 Workspace = Callable[[Region, frozenset[int]], int]
 
-# Storage is shared through it although its schema does not say so.
-_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
-
-
-def _source(node: fx.Node) -> fx.Node | None:
-    """The node whose storage `node` shares, one step up."""
-    if node.op == "call_function" and node.target is _UNSAFE_VIEW:
-        return node.all_input_nodes[0]
-    return view_source(node)
-
-
 def _root(node: fx.Node) -> fx.Node:
-    while (source := _source(node)) is not None:
+    while (source := view_source(node)) is not None:
         node = source
     return node
 
@@ -320,7 +309,7 @@ def _reads_from_memory(reader: fx.Node, value: fx.Node) -> bool:
 def _readers_through_views(node: fx.Node) -> list[fx.Node]:
     found = []
     for user in node.users:
-        if _source(user) is not None or user.target is operator.getitem:
+        if view_source(user) is not None or user.target is operator.getitem:
             found += _readers_through_views(user)
         else:
             found.append(user)
@@ -343,7 +332,7 @@ def region_workspace_bytes(
     results = {_root(node) for node in graph.output_node().all_input_nodes}
     in_memory = {node for node in inputs if tensor_of(node) is not None}
     for node in nodes:
-        if node.op != "call_function" or tensor_of(node) is None or _source(node) is not None:
+        if node.op != "call_function" or tensor_of(node) is None or view_source(node) is not None:
             continue
         readers = _readers_through_views(node)
         shared_with_reduction = len(readers) > 1 and any(_is_reduction(r) for r in readers)
@@ -361,7 +350,7 @@ def region_workspace_bytes(
     for node in reversed(nodes):
         # Values in memory, views of them and tuples are read where they stand.
         fused_away = node not in in_memory and _is_fusible(node)
-        passes_on = fused_away or _source(node) is not None or node.target is operator.getitem
+        passes_on = fused_away or view_source(node) is not None or node.target is operator.getitem
         users = [runs_at[user] for user in node.users if user in runs_at] if passes_on else []
         runs_at[node] = max([order[node], *users])
 

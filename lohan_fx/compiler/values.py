@@ -18,10 +18,12 @@ def tensor_of(node: fx.Node) -> torch.Tensor | None:
 
 
 def returns_view(node: fx.Node) -> bool:
-    """True where the op's result shares the storage of its first argument, by its schema."""
+    """True where the op's result shares the storage of its first argument."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
+    if target is torch.ops.aten._unsafe_view.default:
+        return True  # its schema does not say so, as its argument is not to be used again
     returns = target._schema.returns
     if not returns:
         return False

@@ -55,6 +55,11 @@ class Account:
         self.current_bytes = wanted
         self.peak_bytes = max(self.peak_bytes, wanted)
 
+    @property
+    def room_bytes(self) -> int | None:
+        """What the budget has left; None without a limit."""
+        return None if self.budget_bytes is None else self.budget_bytes - self.current_bytes
+
     def hold(self, nbytes: int) -> None:
         """Count bytes that somebody else has allocated and the runtime keeps alive."""
         self.current_bytes += nbytes
@@ -136,6 +141,9 @@ class Pools:
             MemoryError: the host does not have them.
         """
         size = max(pages(nbytes), PAGE)
+        room = self.dram.room_bytes
+        if room is not None and room < size:
+            self.drop_bounce()
         self.dram.take(size, what)
         try:
             return self._map(size, pinned=pinned)
@@ -199,10 +207,16 @@ class Pools:
         self.engine.release(extent)
 
     def bounce(self) -> HostBytes:
-        """The buffer of blocking SSD copies; counted, but never refused: plans ignore it."""
+        """The buffer of blocking SSD copies: as large as the budget has room, at least one page.
+
+        Plans ignore it, so it makes way for whatever else wants memory.
+        """
         if self._bounce is None:
-            self.dram.hold(_BOUNCE_BYTES)
-            self._bounce = self._map(_BOUNCE_BYTES, pinned=False)
+            room = self.dram.room_bytes
+            size = _BOUNCE_BYTES if room is None else min(_BOUNCE_BYTES, room // PAGE * PAGE)
+            size = max(size, PAGE)
+            self.dram.hold(size)
+            self._bounce = self._map(size, pinned=False)
         return self._bounce
 
     def drop_bounce(self) -> None:

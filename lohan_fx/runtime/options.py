@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-
-class Overlap(enum.StrEnum):
-    """When the optimizer consumes a gradient.
-
-    BACKWARD: as it arrives, while the backward goes on; step() only marks the step complete.
-    NEXT_FORWARD: after step(), in forward order, hidden under the next forward.
-    SERIAL: inside step(), which returns when every update is done.
-    NAIVE: as BACKWARD, but each bucket's read, update and write run back to back.
-    """
-
-    BACKWARD = "backward"
-    NEXT_FORWARD = "next-forward"
-    SERIAL = "serial"
-    NAIVE = "naive"
-
-    @property
-    def deferred(self) -> bool:
-        """True where gradients wait for step()."""
-        return self in (Overlap.NEXT_FORWARD, Overlap.SERIAL)
+from lohan_fx.planner import Overlap
 
 
 @dataclass(frozen=True, slots=True)

@@ -507,7 +507,7 @@ class Runtime:
         entry = self._programs[program]
         self._pools.drop_bounce()
         self._check_torn()
-        if windows.updates.pending and not self._overlap.deferred:
+        if windows.updates.pending and not self._overlap.waits_for_step:
             raise TrainingLoopError(_MISSING_STEP.format(overlap=self._overlap))
         if entry.training:
             self._begin_training(entry)

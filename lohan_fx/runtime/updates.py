@@ -314,7 +314,7 @@ class Updates:
     def begin_backward(self, plan: GradPlan) -> None:
         hyper = self._hyper
         assert hyper is not None
-        if not self._overlap.deferred and plan.most_open > self._num_ring:
+        if not self._overlap.waits_for_step and plan.most_open > self._num_ring:
             raise LohanError(
                 f"this backward gathers gradients of {plan.most_open} buckets at the same time, with "
                 f"{self._num_ring} gradient buffers; raise grad_buffers"
@@ -325,7 +325,7 @@ class Updates:
         self._check_clip(self._clip)
         if self._norms is not None:
             self._norms.bytes.zero_()
-        if not self._overlap.deferred:
+        if not self._overlap.waits_for_step:
             self._groups = hyper.groups()
         for index, pids in plan.pids.items():
             record = self._records[index]
@@ -414,7 +414,7 @@ class Updates:
 
     def discard(self) -> None:
         """Drop gradients that wait for step(), as plain torch's zero_grad() does."""
-        if self.pending and self._overlap.deferred:
+        if self.pending and self._overlap.waits_for_step:
             for record in self._records.values():
                 self._forget_gradients(record)
             self.pending = False
@@ -429,7 +429,7 @@ class Updates:
             return
         assert self._plan is not None and self._hyper is not None
         self.pending = False
-        if not self._overlap.deferred:
+        if not self._overlap.waits_for_step:
             self.step_count += 1
             return
         scale = self._clip_factor()
@@ -474,7 +474,7 @@ class Updates:
 
     def _allocate_buffers(self) -> None:
         by_cpu = [r for r in self._records.values() if r.home.updated_by_cpu]
-        if by_cpu and self._overlap.deferred:
+        if by_cpu and self._overlap.waits_for_step:
             for record in by_cpu:
                 name = f"the gradient buffer of {record.bucket.name}"
                 self._own[record.bucket.index] = self._grad_buffer(record.bucket.weight_bytes, name)
@@ -483,7 +483,7 @@ class Updates:
             for number in range(self._options.grad_buffers):
                 self._ring.append(self._grad_buffer(largest, f"gradient buffer {number}"))
         self._num_ring = len(self._ring)
-        if self._overlap.deferred:
+        if self._overlap.waits_for_step:
             pids = [spec.pid for r in self._records.values() for spec in r.bucket.params]
             self._norm_index = {pid: index for index, pid in enumerate(pids)}
             with torch.inference_mode(False):
@@ -513,7 +513,7 @@ class Updates:
             LohanError: every buffer is being filled.
             TransferError: the oldest update failed or took too long.
         """
-        if self._overlap.deferred:
+        if self._overlap.waits_for_step:
             return self._own[record.bucket.index]
         self.pump()
         while not self._ring:
@@ -530,7 +530,7 @@ class Updates:
 
     def _give_buffer(self, holder: _Record | _Job) -> None:
         buffer, holder.buffer = holder.buffer, None
-        if buffer is not None and not self._overlap.deferred:
+        if buffer is not None and not self._overlap.waits_for_step:
             self._ring.append(buffer)
 
     def _copy_out(
@@ -544,7 +544,7 @@ class Updates:
     # Norms
 
     def _check_clip(self, max_grad_norm: float | None) -> None:
-        if max_grad_norm is not None and not self._overlap.deferred:
+        if max_grad_norm is not None and not self._overlap.waits_for_step:
             raise LohanError(
                 f"max_grad_norm={max_grad_norm} needs every gradient before the first update, which "
                 f'overlap="{self._overlap}" does not give; compile with overlap="next-forward"'
@@ -574,7 +574,7 @@ class Updates:
         """See [Note: when an update may start]"""
         if record.left or record.unreleased or record.state is not UpdateState.GATHERING:
             return
-        if self._overlap.deferred:
+        if self._overlap.waits_for_step:
             record.advance(UpdateState.WAITING)
         else:
             self._started += 1
