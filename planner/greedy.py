@@ -680,11 +680,10 @@ def _gpu_peak_words(problem: Problem, forced: Forced) -> str:
     forward = position < num_stages
     stage = problem.stages[position if forward else 2 * num_stages - 1 - position]
     temporary = stage.forward_workspace_bytes if forward else stage.backward_workspace_bytes
-    return (
-        f"The GPU is fullest in the {'forward' if forward else 'backward'} of stage "
-        f"{stage.name!r}, whose temporaries alone take {_gb(temporary)}; a smaller batch or "
-        "shorter sequences shrink them"
-    )
+    text = f"The GPU is fullest in the {'forward' if forward else 'backward'} of {stage.name!r}"
+    if temporary:
+        text += f", whose temporaries alone take {_gb(temporary)}"
+    return f"{text}; a smaller batch or shorter sequences make it emptier"
 
 
 def _gb(num_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 import time
@@ -224,7 +225,7 @@ def test_a_gpu_that_is_too_small_is_named_with_the_least_that_works() -> None:
     with pytest.raises(NothingFits, match=r"GPU: .* at least") as caught:
         solve(problem(stages, (bucket(0, 0),), gpu=20))
     assert caught.value.least_bytes["gpu"] == (30 + 2 + 2) * MIB
-    assert "backward of stage 'layer0'" in str(caught.value)
+    assert "backward of 'layer0', whose temporaries" in str(caught.value)
 
 
 def test_the_least_gpu_that_is_named_works() -> None:
@@ -249,6 +250,25 @@ def test_what_overflows_dram_goes_to_the_gpu_where_there_is_no_ssd() -> None:
     answer = solved(problem(4, buckets, gpu=40, dram=40, ssd=0))
     assert (G, G) in places(answer)
     assert answer.predicted.peak_bytes["dram"] <= 40 * MIB
+
+
+def test_a_bucket_too_large_for_buffers_to_ssd_stays_off_it() -> None:
+    # On SSD, its state would need two buffers of 120 and its weights an arena of 40: 320 with
+    # gradients. In DRAM it takes 140, with gradients 180, and leaves room to stream the others.
+    buckets = (bucket(0, 0, weight_mib=20), bucket(1, 1), bucket(2, 2))
+    answer = solved(problem(3, buckets, gpu=50, dram=212))
+    assert places(answer)[0][1] is D
+
+
+def test_a_larger_gpu_makes_the_step_no_longer() -> None:
+    question = deep(4)
+    steps = []
+    for gpu in range(60, 400, 20):
+        capacities = dataclasses.replace(question.capacities, gpu_bytes=gpu * MIB)
+        answer = solved(dataclasses.replace(question, capacities=capacities))
+        steps.append(answer.predicted.step_s)
+    assert steps[0] > 2 * steps[-1]
+    assert all(later <= sooner * 1.01 for sooner, later in itertools.pairwise(steps))
 
 
 # ---- forced ----
