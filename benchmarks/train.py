@@ -183,13 +183,13 @@ def main() -> None:
     if args.engine == "lohan_fx":
         predicted = model.plan.predicted
         result["predicted"] = {
-            "step_s": round(predicted["step_s"], 4),
-            "bound_s": round(predicted["bound_s"], 4),
-            "bottleneck": predicted["bottleneck"],
-            "peak_gb": {k: round(v / 1e9, 3) for k, v in predicted["peak_bytes"].items()},
-            "lane_busy_s": {k: round(v, 4) for k, v in predicted["lane_busy_s"].items()},
+            "step_s": round(predicted.step_s, 4),
+            "bound_s": round(predicted.bound_s, 4),
+            "bottleneck": predicted.bottleneck,
+            "peak_gb": {k: round(v / 1e9, 3) for k, v in predicted.peak_bytes.items()},
+            "lane_busy_s": {k: round(v, 4) for k, v in predicted.lane_busy_s.items()},
         }
-        result["bound_ratio"] = round(step_s / predicted["bound_s"], 3)
+        result["bound_ratio"] = round(step_s / predicted.bound_s, 3)
         if args.report:
             print(model.report())
         if args.dump:

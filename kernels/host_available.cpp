@@ -1,10 +1,12 @@
 // How much memory is left: /proc/meminfo and the control groups' limits.
 #include <algorithm>
-#include <fstream>
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <optional>
-#include <sstream>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "memory.h"
@@ -34,40 +36,66 @@ const Controller kVersion2 = {"cgroup2",
                               "memory.current",
                               {"inactive_file", "active_file", "slab_reclaimable"}};
 
-// None when there is no such file, or no number in it ("max").
-std::optional<std::uint64_t> read_number(const std::string& path) {
-  std::ifstream file(path);
-  std::uint64_t number = 0;
-  return file >> number ? std::optional(number) : std::nullopt;
-}
-
-// The number after `key` in a file of "key number" lines.
-std::optional<std::uint64_t> find_number(const std::string& path, const std::string& key) {
-  std::ifstream file(path);
-  std::string line, word;
-  while (std::getline(file, line)) {
-    std::istringstream words(line);
-    std::uint64_t number = 0;
-    if (words >> word >> number && word == key) return number;
-  }
-  return std::nullopt;
-}
-
-bool has_word(const std::string& list, const std::string& word) {
-  std::istringstream words(list);
-  for (std::string one; std::getline(words, one, ',');)
-    if (one == word) return true;
-  return false;
-}
-
 bool starts_with(const std::string& text, const std::string& prefix) {
   return text.compare(0, prefix.size(), prefix) == 0;
 }
 
+// The lines of a file; none when it cannot be read. C's files and no streams, here or below: where this
+// module carries a C++ library of its own, streams stop working once another one (torch's) is loaded.
+std::vector<std::string> lines_of(const std::string& path) {
+  std::vector<std::string> lines;
+  std::FILE* const file = std::fopen(path.c_str(), "re");
+  if (file == nullptr) return lines;
+  char* line = nullptr;
+  std::size_t room = 0;
+  for (ssize_t length; (length = getline(&line, &room, file)) > 0;) {
+    if (line[length - 1] == '\n') --length;
+    lines.emplace_back(line, static_cast<std::size_t>(length));
+  }
+  std::free(line);
+  std::fclose(file);
+  return lines;
+}
+
+// The number that `text` begins with.
+std::optional<std::uint64_t> parse_number(const std::string& text) {
+  const std::size_t begin = std::min(text.find_first_not_of(" \t"), text.size());
+  std::uint64_t number = 0;
+  const auto result = std::from_chars(text.data() + begin, text.data() + text.size(), number);
+  return result.ec == std::errc() ? std::optional(number) : std::nullopt;
+}
+
+// None when there is no such file, or no number in it ("max").
+std::optional<std::uint64_t> read_number(const std::string& path) {
+  const std::vector<std::string> lines = lines_of(path);
+  return lines.empty() ? std::nullopt : parse_number(lines.front());
+}
+
+// The number after `key` in a file of "key number" lines.
+std::optional<std::uint64_t> find_number(const std::string& path, const std::string& key) {
+  for (const std::string& line : lines_of(path))
+    if (starts_with(line, key + " ")) return parse_number(line.substr(key.size()));
+  return std::nullopt;
+}
+
+bool has_word(const std::string& list, const std::string& word) {
+  return ("," + list + ",").find("," + word + ",") != std::string::npos;
+}
+
+// The words of a line between single spaces.
+std::vector<std::string> words_of(const std::string& line) {
+  std::vector<std::string> words;
+  for (std::size_t at = 0; at <= line.size();) {
+    const std::size_t end = std::min(line.find(' ', at), line.size());
+    words.push_back(line.substr(at, end - at));
+    at = end + 1;
+  }
+  return words;
+}
+
 // This process's group under the controller, as /proc/self/cgroup says it.
 std::optional<std::string> group_of_self(const std::string& root, const Controller& controller) {
-  std::ifstream file(root + "/proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {  // number:controllers:path
+  for (const std::string& line : lines_of(root + "/proc/self/cgroup")) {  // number:controllers:path
     const std::size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
@@ -83,15 +111,13 @@ struct Mount {
 };
 
 std::optional<Mount> mount_of(const std::string& root, const Controller& controller) {
-  std::ifstream file(root + "/proc/self/mountinfo");
-  for (std::string line; std::getline(file, line);) {
+  for (const std::string& line : lines_of(root + "/proc/self/mountinfo")) {
     const std::size_t dash = line.find(" - ");
     if (dash == std::string::npos) continue;
-    std::istringstream left(line), right(line.substr(dash + 3));
-    std::string skip, type, options;
-    Mount mount;
-    left >> skip >> skip >> skip >> mount.root >> mount.point;
-    right >> type >> skip >> options;
+    const std::vector<std::string> left = words_of(line), right = words_of(line.substr(dash + 3));
+    if (left.size() < 5 || right.size() < 3) continue;
+    const Mount mount{left[3], left[4]};
+    const std::string &type = right[0], &options = right[2];
     if (type == controller.file_system &&
         (!*controller.mount_option || has_word(options, controller.mount_option)))
       return mount;
