@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,37 @@ def build(size: str, seq: int, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
+def lanes(profiler: Any) -> dict[str, float]:
+    """Seconds of one profiled step in which each lane of the GPU was busy, by union of its events."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in events:
+        kind, name = event.get("cat", ""), event.get("name", "")
+        if kind == "kernel":
+            lane = "kernels"
+        elif kind == "gpu_memcpy":
+            lane = next((d for d in ("HtoD", "DtoH", "DtoD") if d in name), "other copies")
+        else:
+            continue
+        spans.setdefault(lane, []).append((event["ts"], event["ts"] + event["dur"]))
+    result = {lane: round(union(found) / 1e6, 4) for lane, found in sorted(spans.items())}
+    every = [span for found in spans.values() for span in found]
+    if every:
+        result["wall"] = round((max(e for _, e in every) - min(s for s, _ in every)) / 1e6, 4)
+    return result
+
+
+def union(spans: list[tuple[float, float]]) -> float:
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="3b")
@@ -84,7 +117,7 @@ def main() -> None:
     parser.add_argument("--max-grad-norm", type=float)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dump", help="write the plan here")
-    parser.add_argument("--profile", help="write a torch.profiler Chrome trace of one step here")
+    parser.add_argument("--lanes", action="store_true", help="profile a last step by lane")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -137,14 +170,14 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     phases: list[tuple[float, float, float]] = []
     losses = []
-    for step in range(args.steps + 2):
+    profiler = None
+    for step in range(args.steps + 2 + (2 if args.lanes else 0)):
+        if args.lanes and step == args.steps + 3:
+            profiler = torch.profiler.profile()
+            profiler.start()
         tokens = torch.randint(0, 32000, (args.batch, args.seq), generator=generator).to(device)
         if step == 2 and cuda:
             torch.cuda.reset_peak_memory_stats()
-        profiler = None
-        if args.profile and step == args.steps + 1:
-            profiler = torch.profiler.profile()
-            profiler.start()
         at = [sync()]
         loss = model(input_ids=tokens, labels=tokens).loss
         at.append(time.perf_counter() if args.engine == "lohan_fx" else sync())
@@ -155,11 +188,12 @@ def main() -> None:
         losses.append(loss.item())
         del loss
         at.append(sync())
-        if profiler is not None:
-            profiler.stop()
-            profiler.export_chrome_trace(args.profile)
         phases.append((at[1] - at[0], at[2] - at[1], at[3] - at[2]))
         print(f"step {step}: loss {losses[-1]:.4f}, {at[3] - at[0]:.3f} s", flush=True)
+    if profiler is not None:
+        profiler.stop()
+        result["lanes"] = lanes(profiler)
+    phases = phases[: args.steps + 2]
     timed = [sum(p) for p in phases[2:]]
     if args.engine == "lohan_fx":
         # The last update may still be under way: what a step costs includes it.

@@ -8,6 +8,7 @@ under the same placements.
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -490,21 +491,19 @@ def tensor_rows(buckets: Sequence[Bucket], traced: Traced) -> list[TensorRow]:
 
 @contextmanager
 def compiler_settings() -> Iterator[None]:
-    """Dynamo settings under which real models trace whole."""
-    ignored = set(torch._dynamo.config.ignore_logging_functions)
-    try:
-        from transformers.utils import logging as hf_logging
+    """Dynamo settings under which real models trace whole: transformers' log lines are left out.
 
+    A frozenset, as Dynamo's own metrics sort sets, and functions have no order.
+    """
+    ignored = set(torch._dynamo.config.ignore_logging_functions)
+    hf_logging = sys.modules.get("transformers.utils.logging")
+    if hf_logging is not None:
         logger = type(hf_logging.get_logger("transformers"))
-        ignored |= {
-            getattr(hf_logging.get_logger("transformers"), name).__func__
-            for name in ("warning_once", "warning", "info", "debug")
-            if hasattr(logger, name)
-        }
-        ignored |= {hf_logging.warning_once}
-    except (ImportError, AttributeError):
-        pass
-    with torch._dynamo.config.patch(ignore_logging_functions=ignored):
+        for name in ("warning_once", "warning_advice", "warning", "info", "debug"):
+            ignored.add(getattr(logger, name, None))
+        ignored.add(getattr(hf_logging, "warning_once", None))
+        ignored.discard(None)
+    with torch._dynamo.config.patch(ignore_logging_functions=frozenset(ignored)):
         yield
 
 

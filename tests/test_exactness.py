@@ -37,3 +37,24 @@ def test_random_plans_are_bit_equal_to_all_on_the_gpu(
     for seed in range(1, 4):
         other = train_lohan(CASES[name], dtype, tmp_path, policy=RandomPolicy(seed))
         other.assert_equal(reference)
+
+
+@pytest.mark.parametrize("name", ["llama", "mlp"])
+def test_updates_on_the_gpu_agree_within_rounding(name: str, tmp_path: Path) -> None:
+    reference = train_lohan(CASES[name], torch.bfloat16, tmp_path, policy=RandomPolicy(0))
+    other = train_lohan(
+        CASES[name], torch.bfloat16, tmp_path, policy=RandomPolicy(5, cpu_adam=False)
+    )
+    other.assert_close(reference, *TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inductor_agrees_with_plain_aten_within_rounding(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    aten = train_lohan(CASES["llama"], dtype, tmp_path, policy=RandomPolicy(1))
+    fused = train_lohan(
+        CASES["llama"], dtype, tmp_path, policy=RandomPolicy(2), lowering="inductor"
+    )
+    fused.assert_close(aten, *TOLERANCE[dtype])

@@ -13,8 +13,11 @@ from torch import nn
 
 import lohan_fx
 from lohan_fx.planner import (
+    Bucket,
+    BucketPlace,
     Forced,
     Ledger,
+    Place,
     Problem,
     Room,
     Solution,
@@ -288,13 +291,17 @@ def train_lohan(
 
 @dataclass(frozen=True)
 class RandomPolicy:
-    """Places every bucket and activation at random, within what is allowed for each."""
+    """Places every bucket and activation at random, within what is allowed for each.
+
+    `cpu_adam` leaves out what a GPU would update: its Adam rounds otherwise than the CPU's.
+    """
 
     seed: int
+    cpu_adam: bool = DEVICE.type == "cuda"
 
     def __call__(self, problem: Problem, forced: Forced) -> Solution:
         draw = random.Random(self.seed)
-        buckets = [draw.choice(bucket_places(b)) for b in problem.buckets]
+        buckets = [draw.choice(self._places(b)) for b in problem.buckets]
         activations = [draw.choice(activation_places(a)) for a in problem.activations]
         ledger = Ledger(problem, buckets, activations)
         windows = ledger.windows(draw.choice(list(Room)))
@@ -305,6 +312,12 @@ class RandomPolicy:
             windows=windows,
             predicted=predict(problem, buckets, activations, windows),
         )
+
+    def _places(self, bucket: Bucket) -> list[BucketPlace]:
+        places = bucket_places(bucket)
+        if not (self.cpu_adam and bucket.trainable):
+            return list(places)
+        return [place for place in places if place.state is not Place.GPU]
 
 
 def uses(model: Any) -> Mapping[str, Sequence[str]]:
