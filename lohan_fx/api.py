@@ -14,7 +14,7 @@ import torch
 
 from . import hardware as machines
 from .budget import Budget, Machine
-from .errors import BudgetError, LohanError
+from .errors import BudgetError, CaptureError, LohanError
 from .plan import Plan
 from .planner import Capacities, Overlap
 from .report import report_text
@@ -188,6 +188,7 @@ def compile(
         model, budget, device, overlap, policy, plan, hardware, lowering, poison, bucket_numel
     )
     _check_dtype(dtype)
+    _refuse_meta(model)
     session = Session(model, dtype, settings)
     base = type(model)
     model.__class__ = type(
@@ -239,8 +240,12 @@ def make_plan(
     finally:
         session.close()
         torch.compiler.reset()
-    plan = session.captured[-1].plan
-    assert plan is not None
+    plan = session.captured[-1].plan if session.captured else None
+    if plan is None:
+        raise CaptureError(
+            f"nothing of {type(model).__name__}.forward() could be captured: it ran without any tensor "
+            "operation on these inputs"
+        )
     return plan
 
 
@@ -312,6 +317,19 @@ def check_directory(path: Path) -> None:
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise LohanError(f"dtype is {dtype}; choose torch.bfloat16, torch.float16 or torch.float32")
+
+
+def _refuse_meta(model: torch.nn.Module) -> None:
+    for kind, named in (
+        ("parameter", model.named_parameters()),
+        ("buffer", model.named_buffers()),
+    ):
+        for name, tensor in named:
+            if tensor.is_meta:
+                raise LohanError(
+                    f"{kind} {name!r} is on the meta device and has no values to train; build the "
+                    "model on the CPU (lohan_fx.make_plan takes it as it is)"
+                )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -171,7 +171,8 @@ class ManagedParams:
 
     Taking a model over moves every value out of its parameter: `values[pid]` is then the only
     reference to it (the model's own tensor, moved nowhere yet), and the parameter is a stub on
-    `device` in the compute dtype.
+    `device` in the compute dtype. It stays the same object, unless it was on the meta device: such a
+    parameter cannot change its device, so every module that holds it gets a new one.
     """
 
     def __init__(
@@ -202,13 +203,22 @@ class ManagedParams:
             self.names.append(name)
             self.stubs.append(param)
         reference = weakref.ref(owner)
+        replaced: dict[int, torch.nn.Parameter] = {}  # id of a meta parameter -> its stub
         for pid, param in enumerate(self.stubs):
             value = param.detach()
             compute = dtype if dtype is not None and value.is_floating_point() else value.dtype
             self.values[pid] = value
-            param.data = _zero_byte(value, compute, device)
-            param.grad = None
-            _owners[param] = (reference, pid)
+            empty = _zero_byte(value, compute, device)
+            if param.is_meta:
+                stub = torch.nn.Parameter(empty, requires_grad=param.requires_grad)
+                stub.__dict__.update(param.__dict__)  # marks that libraries put on parameters
+                replaced[id(param)] = self.stubs[pid] = stub
+            else:
+                param.data = empty
+                param.grad = None
+            _owners[self.stubs[pid]] = (reference, pid)
+        if replaced:
+            _replace(model, replaced)
         self.guard()
 
     def guard(self) -> None:
@@ -234,9 +244,29 @@ class ManagedParams:
             _owners.pop(stub, None)
 
 
+def _replace(model: torch.nn.Module, stubs: Mapping[int, torch.nn.Parameter]) -> None:
+    """Put each stub wherever a module holds the parameter whose id it is listed under."""
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if id(param) in stubs:
+                module._parameters[name] = stubs[id(param)]
+
+
 def _zero_byte(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor with the shape of `value`, over no bytes; dense, in the order of its strides."""
     stride = torch.empty_like(value, device="meta", memory_format=torch.preserve_format).stride()
+    # What CUDA graph trees rebuild tensors with; it does not ask that the storage be large enough.
+    construct = getattr(torch._C, "_construct_CUDA_Tensor_From_Storage_And_Metadata", None)
+    if device.type == "cuda" and construct is not None:
+        fields = {
+            "size": tuple(value.shape),
+            "stride": stride,
+            "storage_offset": 0,
+            "dtype": dtype,
+        }
+        made: torch.Tensor = construct(fields, torch.UntypedStorage(0, device=device))
+        return made
+    # On a CPU the pages are never touched, so that nothing is taken even for a moment.
     full = torch.empty_strided(value.shape, stride, dtype=dtype, device=device)
     full.untyped_storage().resize_(0)
     return full
