@@ -1,11 +1,16 @@
 """Train a real causal language model under a budget that forces all three tiers, and check it.
 
     python examples/quickstart.py                 # on a GPU if there is one, else on the CPU
-    python examples/quickstart.py --steps 50 --budget "gpu=40MB, dram=120MB, ssd=/tmp:2GB"
+    python examples/quickstart.py --exact         # fp32 over plain ATen kernels: no rounding apart
+    python examples/quickstart.py --policy greedy --steps 50 --budget "gpu=40MB, dram=30MB, ssd=/tmp:2GB"
 
 The model is a Llama built from a Hugging Face config; the text is the source code of Python's
 standard library, one token a byte. The same model is then trained by plain PyTorch (fp32 master
 weights, torch.optim.AdamW) and the losses are printed side by side.
+
+The default budget holds less in GPU and DRAM together than the training would take on the GPU alone,
+so some of it must be on the SSD. A planner left alone then keeps what is used most off the disk; to show every path, the
+default policy here spreads weights, optimizer state and activations each over all three tiers.
 """
 
 from __future__ import annotations
@@ -20,6 +25,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lohan_fx
+from lohan_fx.planner import BucketPlace, Forced, Place, Problem, Solution, solve
+
+
+def spread(problem: Problem, forced: Forced) -> Solution:
+    """A third of the buckets and of the swappable activations in each tier."""
+    tiers = (Place.GPU, Place.DRAM, Place.SSD)
+    trainable = [b.index for b in problem.buckets if b.trainable]
+    swappable = [a.index for a in problem.activations if a.can_swap]
+    wanted = Forced(
+        buckets={
+            index: BucketPlace(tiers[n % 3], tiers[n % 3]) for n, index in enumerate(trainable)
+        },
+        activations={index: tiers[n % 3] for n, index in enumerate(swappable)},
+    )
+    return solve(problem, forced=wanted)
 
 
 def build(device: torch.device) -> LlamaForCausalLM:
@@ -52,11 +72,14 @@ def batches(steps: int, batch: int, seq: int) -> list[torch.Tensor]:
     return list(tokens.reshape(steps, batch, seq))
 
 
-def train_plain(data: list[torch.Tensor], device: torch.device, lr: float) -> list[float]:
-    """The reference: bf16 weights cast from fp32 masters, which torch.optim.AdamW updates."""
-    model = build(device)
-    masters = [p.detach().clone().to(device) for p in model.parameters()]
-    model = model.to(device, torch.bfloat16)
+def train_plain(
+    data: list[torch.Tensor], device: torch.device, lr: float, dtype: torch.dtype
+) -> list[float]:
+    """The reference: weights cast from fp32 masters, which torch.optim.AdamW updates."""
+    model = build(device).to(device)
+    masters = [p.detach().clone() for p in model.parameters()]
+    for param in model.parameters():
+        param.data = param.data.to(dtype, copy=True)
     optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=0.01)
     losses = []
     for tokens in data:
@@ -74,10 +97,23 @@ def train_plain(data: list[torch.Tensor], device: torch.device, lr: float) -> li
 
 
 def train_lohan(
-    data: list[torch.Tensor], device: torch.device, lr: float, budget: str
+    data: list[torch.Tensor],
+    device: torch.device,
+    lr: float,
+    dtype: torch.dtype,
+    budget: str,
+    policy: str,
+    lowering: str,
 ) -> tuple[list[float], str]:
     """The same training within the budget."""
-    model = lohan_fx.compile(build(device), budget, dtype=torch.bfloat16, device=device)
+    model = lohan_fx.compile(
+        build(device),
+        budget,
+        dtype=dtype,
+        device=device,
+        lowering=lowering,
+        policy=spread if policy == "spread" else policy,
+    )
     optimizer = lohan_fx.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     losses = []
     for step, tokens in enumerate(data):
@@ -103,18 +139,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--exact", action="store_true", help="fp32, ATen kernels, twice the budget")
+    parser.add_argument("--policy", default="spread", help="spread (see above) or greedy")
     parser.add_argument("--budget", help="default: one that forces all three tiers")
     args = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = batches(args.steps, args.batch, args.seq)
+    dtype = torch.float32 if args.exact else torch.bfloat16
+    lowering = "aten" if args.exact else "inductor"
+    gpu, dram = (800, 700) if device.type == "cuda" else (30, 26)
+    if args.exact:
+        gpu, dram = 2 * gpu, 2 * dram
     with tempfile.TemporaryDirectory() as folder:
-        sizes = "gpu=600MB, dram=400MB" if device.type == "cuda" else "gpu=24MB, dram=14MB"
-        budget = args.budget or f"{sizes}, ssd={folder}:4GB"
+        budget = args.budget or f"gpu={gpu}MB, dram={dram}MB, ssd={folder}:4GB"
         print(f"device {device}, budget {budget}")
-        losses, report = train_lohan(data, device, args.lr, budget)
+        losses, report = train_lohan(data, device, args.lr, dtype, budget, args.policy, lowering)
         print(report)
-    plain = train_plain(data, device, args.lr)
+    plain = train_plain(data, device, args.lr, dtype)
     print("\n step   lohan_fx   plain PyTorch")
     for step in range(0, args.steps, max(1, args.steps // 10)):
         print(f"{step:5d}   {losses[step]:8.4f}   {plain[step]:8.4f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections import OrderedDict
@@ -16,7 +17,7 @@ from . import hardware as machines
 from .budget import Budget, Machine
 from .errors import BudgetError, CaptureError, LohanError
 from .plan import Plan
-from .planner import Capacities, Overlap
+from .planner import Capacities, Overlap, check_policy
 from .report import report_text
 from .session import PlanReady, Policy, Session, Settings
 from .units import format_bytes
@@ -220,17 +221,20 @@ def make_plan(
 
     Raises:
         InfeasiblePlan: nothing fits; says the least that could, per tier.
+        CaptureError: the step cannot be captured as one graph.
+        LohanError: an argument is out of range, or the inputs are not what forward() takes.
     """
     settings = _settings(
         model, budget, "cpu", overlap, policy, None, hardware, lowering, False, None, plan_only=True
     )
     _check_dtype(dtype)
-    session = Session(model, dtype, settings)
     args, kwargs = (
         ((), dict(example_inputs))
         if isinstance(example_inputs, Mapping)
         else (tuple(example_inputs), {})
     )
+    _check_arguments(model, args, kwargs)
+    session = Session(model, dtype, settings)
     model.train()
     try:
         with torch.enable_grad():
@@ -266,6 +270,8 @@ def _settings(
     for name, value, allowed in (("overlap", overlap, OVERLAPS), ("lowering", lowering, LOWERINGS)):
         if value not in allowed:
             raise LohanError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    if isinstance(policy, str):
+        check_policy(policy)
     where = _device(device)
     rates = _hardware(hardware, where)
     parsed = Budget.parse(budget)
@@ -317,6 +323,17 @@ def check_directory(path: Path) -> None:
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise LohanError(f"dtype is {dtype}; choose torch.bfloat16, torch.float16 or torch.float32")
+
+
+def _check_arguments(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise LohanError(
+            f"the example inputs do not fit {type(model).__name__}.forward(): {error}"
+        ) from None
 
 
 def _refuse_meta(model: torch.nn.Module) -> None:

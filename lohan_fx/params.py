@@ -198,6 +198,11 @@ class ManagedParams:
                     "first"
                 )
             _refuse_hooks(name, param)
+            if torch.nn.parameter.is_lazy(param):
+                raise LohanError(
+                    f"parameter {name!r} has no shape yet; call the model once, or build it with its "
+                    "sizes given, before lohan_fx.compile"
+                )
             pid = len(self.stubs)
             pid_of[id(param)] = self.aliases[name] = pid
             self.names.append(name)

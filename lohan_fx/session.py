@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .budget import Budget
-from .compiler.buckets import ParamInfo, first_uses, make_buckets
+from .compiler.buckets import ParamInfo, bucket_numel_for, first_uses, make_buckets
 from .compiler.capture import Backend, Decision, Traced, graph_break_line, owned, unwrap
 from .compiler.formulate import formulate_training
 from .compiler.skeleton import Skeleton
@@ -314,7 +314,8 @@ class Session:
             explained = _explained(error)
             if explained is error:
                 raise
-            raise explained from None  # what Dynamo wraps around it says nothing more
+            # What Dynamo wraps around it, and its frames, say nothing more.
+            raise explained.with_traceback(None) from None
 
     def stats(self) -> RuntimeStats | None:
         """What the runtime has counted; None before there is one."""
@@ -382,9 +383,8 @@ class Session:
         ]
         uses = first_uses(traced.joint.graph, traced.joint.param_of)
         names = [stage.name for stage in traced.stages]
-        if self.settings.bucket_numel is None:
-            return make_buckets(infos, uses, names)
-        return make_buckets(infos, uses, names, self.settings.bucket_numel)
+        numel = self.settings.bucket_numel or bucket_numel_for(sum(info.numel for info in infos))
+        return make_buckets(infos, uses, names, numel)
 
     def _solve(self, problem: Problem) -> Solution:
         settings = self.settings

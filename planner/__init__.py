@@ -36,13 +36,21 @@ from lohan_fx.planner.validate import validate
 SOLVERS = {"greedy": greedy}
 
 
+def check_policy(policy: str) -> None:
+    """Raise LohanError unless this version has the policy."""
+    if policy not in SOLVERS:
+        raise LohanError(
+            f"policy {policy!r} is not available in this version; greedy is the default, and there are: "
+            f"{', '.join(sorted(SOLVERS))}"
+        )
+
+
 def solve(problem: Problem, policy: str = "greedy", forced: Forced | None = None) -> Solution:
     """The solution of one policy; `validate` says whether to believe it.
 
     Raises InfeasiblePlan where nothing fits, LohanError for an unknown policy.
     """
-    if policy not in SOLVERS:
-        raise LohanError(f"there is no policy {policy!r}; there are: {', '.join(sorted(SOLVERS))}")
+    check_policy(policy)
     return SOLVERS[policy](problem, forced)
 
 
@@ -66,6 +74,7 @@ __all__ = [
     "Windows",
     "activation_places",
     "bucket_places",
+    "check_policy",
     "greedy",
     "least_bytes",
     "predict",

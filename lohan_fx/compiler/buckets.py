@@ -14,7 +14,15 @@ from .values import dtype_name
 
 # A bucket is a unit of transfer: large enough for full PCIe and SSD bandwidth, small enough that two
 # of them are little beside a 24 GB GPU and that placements are fine-grained.
-BUCKET_NUMEL = 32 * 1024 * 1024
+MOST_BUCKET_NUMEL = 32 * 1024 * 1024
+LEAST_BUCKET_NUMEL = 64 * 1024
+_BUCKETS_PER_MODEL = 64
+
+
+def bucket_numel_for(num_params: int) -> int:
+    """The most parameters in one bucket of a model: a share of it, within the bounds above."""
+    share = num_params // _BUCKETS_PER_MODEL
+    return min(MOST_BUCKET_NUMEL, max(LEAST_BUCKET_NUMEL, share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +42,7 @@ def make_buckets(
     params: Sequence[ParamInfo],
     first_stage: Mapping[int, int],
     stage_names: Sequence[str],
-    bucket_numel: int = BUCKET_NUMEL,
+    bucket_numel: int,
 ) -> tuple[program_types.Bucket, ...]:
     """Group parameters that are first used together, in that order.
 

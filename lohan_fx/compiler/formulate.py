@@ -62,15 +62,12 @@ def formulate_training(
     backward = backward_nodes(graph)
     derived = param_derived(joint)
     seconds = Seconds(hardware)
-    compute = [n for n in graph.nodes if n.op == "call_function"]
-    forward_of: list[list[fx.Node]] = [[] for _ in stages]
-    backward_of: list[list[fx.Node]] = [[] for _ in stages]
-    for node in compute:
-        (backward_of if node in backward else forward_of)[node.meta["lohan_stage"]].append(node)
+    saved_roots = {node for candidate in candidates for node in candidate.nodes}
+    forward_of, backward_of = _runs(joint, len(stages), backward, saved_roots, derived)
 
     activations = _activations(joint, candidates, backward, derived, seconds)
-    saved_roots = {node for candidate in candidates for node in candidate.nodes}
     returned, tangents = _boundary_bytes(joint, saved_roots)
+    counted = derived | saved_roots
     rows = []
     for info, fw, bw in zip(stages, forward_of, backward_of, strict=True):
         last = info.index == len(stages) - 1
@@ -81,8 +78,8 @@ def formulate_training(
                 kind=info.kind,
                 forward_s=seconds.of(fw),
                 backward_s=seconds.of(bw),
-                forward_workspace_bytes=workspace_bytes(fw, derived, fused=fused),
-                backward_workspace_bytes=workspace_bytes(bw, derived, fused=fused)
+                forward_workspace_bytes=workspace_bytes(fw, counted, fused=fused),
+                backward_workspace_bytes=workspace_bytes(bw, counted, fused=fused)
                 + (tangents if last else 0),
             )
         )
@@ -258,26 +255,91 @@ def _is_reduction(node: fx.Node) -> bool:
     return value.numel() * 4 <= largest and value.numel() > 0
 
 
-def workspace_bytes(nodes: Sequence[fx.Node], derived: set[fx.Node], *, fused: bool) -> int:
-    """Peak of what `nodes`, run in order, hold at once beyond what exists before them.
+def _runs(
+    joint: Joint,
+    num_stages: int,
+    backward: set[fx.Node],
+    saved: set[fx.Node],
+    derived: set[fx.Node],
+) -> tuple[list[list[fx.Node]], list[list[fx.Node]]]:
+    """What each stage runs in forward and in backward, in order, when all of `saved` is kept.
 
-    With `fused`, a pointwise result that only pointwise ops and reductions of the same run read is
-    assumed never to reach memory.
+    A joint graph lists what backward makes from forward values alone among the forward nodes; here
+    it stands in backward, right before its first reader, as the partitioner puts it.
     """
-    position = {node: index for index, node in enumerate(nodes)}
-    delta = [0] * (len(nodes) + 1)
-    for node in nodes:
+    graph = joint.graph
+    outputs = graph.output_node().args[0]
+    needed: set[fx.Node] = set()
+    stack = [n for n in outputs[: joint.num_forward_outputs] if isinstance(n, fx.Node)]  # type: ignore[index,union-attr]
+    stack += saved
+    while stack:
+        node = stack.pop()
+        if node not in needed and node not in backward:
+            needed.add(node)
+            stack += node.all_input_nodes
+    forward_of: list[list[fx.Node]] = [[] for _ in range(num_stages)]
+    backward_of: list[list[fx.Node]] = [[] for _ in range(num_stages)]
+    present: list[set[fx.Node]] = [set() for _ in range(num_stages)]
+
+    def again(node: fx.Node, stage: int) -> None:
+        pending = [node]
+        while pending:
+            top = pending[-1]
+            if top.op != "call_function" or top in present[stage] or top in saved:
+                pending.pop()
+                continue
+            missing = [
+                source
+                for source in top.all_input_nodes
+                if source.op == "call_function"
+                and source not in backward
+                and source not in saved
+                and source not in present[stage]
+            ]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            present[stage].add(top)
+            backward_of[stage].append(top)
+
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        stage = node.meta["lohan_stage"]
+        if node in backward:
+            for source in node.all_input_nodes:
+                if source not in backward and source not in derived:
+                    again(source, stage)
+            backward_of[stage].append(node)
+        elif node in needed:
+            forward_of[stage].append(node)
+    return forward_of, backward_of
+
+
+def workspace_bytes(run: Sequence[fx.Node], counted: set[fx.Node], *, fused: bool) -> int:
+    """Peak of what the nodes of a run, in order, hold at once beyond what exists before them.
+
+    `counted` are values that are accounted elsewhere: parameters, and activations of the problem. So
+    are gradients, which nothing in the run reads, once they are made. With `fused`, a pointwise result
+    that only pointwise ops and reductions of the run read is assumed never to reach memory.
+    """
+    position = {node: index for index, node in enumerate(run)}
+    delta = [0] * (len(run) + 1)
+    for node in run:
         value = tensor_of(node)
-        if value is None or storage_root(node) is not node or node in derived:
+        if value is None or storage_root(node) is not node or node in counted:
             continue
         uses = readers(node)
-        inside = [position[user] for user in uses if user in position]
-        leaves = len(inside) < len(uses) or not uses
-        if fused and not leaves:
-            producer_extern = _is_extern(_source_op(node)) or _is_reduction(node)
-            if not producer_extern and not any(_is_extern(user) for user in uses):
+        inside = [user for user in uses if user in position]
+        leaves = any(_same_direction(node, user) for user in uses if user not in position)
+        if fused and not leaves and inside:
+            made_alone = _is_extern(_source_op(node)) or _is_reduction(node)
+            if not made_alone and not any(_is_extern(user) for user in inside):
                 continue
-        last = len(nodes) - 1 if leaves else max(inside)
+        last = (
+            len(run) - 1 if leaves else max((position[u] for u in inside), default=position[node])
+        )
         nbytes = -(-storage_span_bytes(value) // 512) * 512
         delta[position[node]] += nbytes
         delta[last + 1] -= nbytes
@@ -286,6 +348,15 @@ def workspace_bytes(nodes: Sequence[fx.Node], derived: set[fx.Node], *, fused: b
         live += change
         peak = max(peak, live)
     return peak
+
+
+def _same_direction(node: fx.Node, user: fx.Node) -> bool:
+    """False where a forward value is read in backward: it is saved, or made again there."""
+    return user.op != "output" and _ran_backward(node) == _ran_backward(user)
+
+
+def _ran_backward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def _source_op(node: fx.Node) -> fx.Node:
