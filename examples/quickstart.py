@@ -2,7 +2,7 @@
 
     python examples/quickstart.py                 # on a GPU if there is one, else on the CPU
     python examples/quickstart.py --exact         # fp32 over plain ATen kernels: no rounding apart
-    python examples/quickstart.py --policy greedy --steps 50 --budget "gpu=40MB, dram=30MB, ssd=/tmp:2GB"
+    python examples/quickstart.py --policy greedy --budget "gpu=40MB, dram=30MB"
 
 The model is a Llama built from a Hugging Face config; the text is the source code of Python's
 standard library, one token a byte. The same model is then trained by plain PyTorch (fp32 master

@@ -47,7 +47,7 @@ class CompiledModel(torch.nn.Module):
 
     def report(self) -> str:
         """Tiers, predicted times and bytes, and what the runtime has measured so far, as text."""
-        return report_text(self.plan, self._lohan.stats())
+        return report_text(self.plan, self._lohan.stats(), self._lohan.seconds)
 
     def graphs(self) -> dict[str, str]:
         """The rewritten graphs of the step captured last, as readable Python.

@@ -18,7 +18,9 @@ _CLASSES = (
 )
 
 
-def report_text(plan: Plan, stats: RuntimeStats | None) -> str:
+def report_text(
+    plan: Plan, stats: RuntimeStats | None, setup_s: Mapping[str, float] | None = None
+) -> str:
     """Bytes by tensor class and place, peaks against the budget, predicted times, measured bytes."""
     where = (*_TIERS, "recompute")
     bytes_of: Counter[tuple[str, str]] = Counter()
@@ -51,6 +53,8 @@ def report_text(plan: Plan, stats: RuntimeStats | None) -> str:
             + _pairs({k: f"{v / 1e6:.1f} MB" for k, v in stats.moved_bytes.items()})
         )
         lines.append("host waited, s: " + _pairs({k: f"{v:.3g}" for k, v in stats.stall_s.items()}))
+    if setup_s:
+        lines.append("set-up, s: " + _pairs({k: f"{v:.2f}" for k, v in setup_s.items()}))
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,7 @@ class Session:
         self.buckets: tuple[Bucket, ...] = ()
         self.placements: tuple[BucketPlacement, ...] = ()
         self.captured: list[Captured] = []
+        self.seconds: dict[str, float] = {}  # spent before steps could run, by what on
         self._optimizer: weakref.ref[Adam] | None = None
         self._pending_state: dict[int, Mapping[str, Any]] = {}
         self._adopted = False
@@ -268,17 +270,27 @@ class Session:
     def keep(self, index: int, part: str, skeleton: Skeleton) -> None:
         self.captured[index].skeletons[part] = skeleton
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add what the block takes to `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
     def prepare(self, index: int) -> None:
         """Move the values into their tiers before the first captured step runs."""
         assert self.runtime is not None
         if self._adopted:
             return
-        self.runtime.adopt(
-            self.buckets,
-            dict(enumerate(self.params.stubs)),
-            self.params.values,
-            self.placements,
-        )
+        with self.timed("place"):
+            self.runtime.adopt(
+                self.buckets,
+                dict(enumerate(self.params.stubs)),
+                self.params.values,
+                self.placements,
+            )
         self._adopted = True
         for pid, state in self._pending_state.items():
             self.set_optimizer_state(pid, state)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,6 +74,7 @@ class Host(Protocol):
     def accept(self, woven: Woven) -> None: ...
     def keep(self, index: int, part: str, skeleton: Skeleton) -> None: ...
     def prepare(self, index: int) -> None: ...
+    def timed(self, what: str) -> AbstractContextManager[None]: ...
 
 
 class Backend:
@@ -158,10 +160,13 @@ class _Step:
             param_of=self._params(module.graph),
             options=options,
         )
-        candidates = tuple(find_candidates(joint))
-        decision = host.decide(Traced(joint, stages, candidates))
+        with host.timed("find candidates"):
+            candidates = tuple(find_candidates(joint))
+        with host.timed("plan"):
+            decision = host.decide(Traced(joint, stages, candidates))
         saved = [node for c in candidates if c.index in decision.saved for node in c.nodes]
-        forward, backward = split(joint, saved)
+        with host.timed("split"):
+            forward, backward = split(joint, saved)
         settle_stragglers(forward.graph)
         inherit_stages(backward.graph)
         woven = weave_training(
@@ -224,7 +229,8 @@ class _Step:
 
     def _run(self, module: fx.GraphModule, part: str, *, prepare: bool) -> Callable[..., Any]:
         host, index = self._host, self._index
-        skeleton = lower(module, self._compiler, self._fake_mode)
+        with host.timed(f"lower {part}"):
+            skeleton = lower(module, self._compiler, self._fake_mode)
         host.keep(index, part, skeleton)
         if not prepare:
             return skeleton

@@ -94,6 +94,7 @@ def assemble(parts: Cut, compiler: RegionCompiler, fake_mode: FakeTensorMode) ->
 # inputs that die in it. Negative where inputs are freed before outputs are made.
 Workspace = Callable[[Region, frozenset[int]], int]
 
+
 def _root(node: fx.Node) -> fx.Node:
     while (source := view_source(node)) is not None:
         node = source
