@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import psutil
 
@@ -106,9 +107,31 @@ class Hardware:
                     f"this hardware file has schema {schema!r}, this version reads "
                     f"{HARDWARE_SCHEMA}; measure the machine again"
                 )
-            return cls(**raw)
+            made = cls(**raw)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise LohanError(f"this is not a hardware file: {exc}") from exc
+        wrong = [f.name for f in dataclasses.fields(cls) if not _is_valid(getattr(made, f.name), f)]
+        if wrong:
+            raise LohanError(
+                f"this is not a hardware file: {wrong[0]} is {getattr(made, wrong[0])!r}"
+            )
+        return made
+
+
+def _is_valid(value: object, field: dataclasses.Field[Any]) -> bool:
+    """Whether a field read from JSON has its type; rates are above zero, but for a missing SSD's."""
+    if field.name == "flops_per_s":
+        rates = list(value.values()) if isinstance(value, dict) else [0]
+        return all(_is_number(rate) and rate > 0 for rate in rates)
+    if field.name.endswith("_bytes"):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if field.name.endswith(("_per_s", "_factor")):
+        return _is_number(value) and (value > 0 or (value == 0 and field.name.startswith("ssd_")))
+    return isinstance(value, bool if field.name == "ssd_simplex" else str)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # The SSDs of the paper's server, Intel P5510: 3.84 TB each. Published throughputs imply about
@@ -314,9 +337,9 @@ def load(name_or_path: str | os.PathLike[str], num_ssds: int | None = None) -> H
     if path.suffix != ".json":
         return _preset(os.fspath(name_or_path), num_ssds)
     try:
-        text = path.read_text()
-    except OSError as exc:
-        raise LohanError(f"the hardware file {path} cannot be read ({exc.strerror})") from exc
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise LohanError(f"the hardware file {path} cannot be read: {exc}") from exc
     return Hardware.from_json(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from lohan_fx.cli.models import PRESETS, resolve_model
 from lohan_fx.cli.plan import main, plain_text, summary
 from lohan_fx.errors import LohanError
 from lohan_fx.hardware import Hardware
-from lohan_fx.plan import Plan, TensorRow, build_plan
+from lohan_fx.plan import Plan, TensorRow, build_plan, validate_json
 from lohan_fx.planner import solve
 
 FACTORY = """
@@ -36,6 +37,9 @@ def wrong():
 
 def broken(batch):
     raise RuntimeError("no such thing")
+
+def leaves():
+    raise SystemExit(2)
 
 def reads_values(**sizes):
     torch.ones(1).item()
@@ -127,12 +131,14 @@ def test_a_plan_that_does_not_fit_exits_with_2_and_says_what_would(
         (["--model", "x", "--batch", "0"], "positive whole number"),
         (["--model", "x", "--seq", "ten"], "positive whole number"),
         (["--model", "x", "--dtype", "int4"], "invalid choice"),
-        (["--model", "x", "--policy", "magic"], "invalid choice"),
+        (["--model", "x", "--policy", "optimal"], "not available in this version; greedy is"),
         (["--model", "x", "--hardware", "abacus"], "no hardware preset 'abacus'"),
         (["--model", "x", "--hardware", "h200", "--budget", "gpu=much"], "'much' is not a size"),
         (["--model", "x", "--hardware", "h200", "--ssds", "4"], "fixed"),
         (["--model", "x", "--ssds", "4"], "--ssds"),
         (["--model", "x", "--hardware", "h200", "--dump", "/no/where/p.json"], "no directory"),
+        (["--model", "x", "--hardware", "h200", "--dump", "/"], "is a directory"),
+        (["--model", "x" * 5000, "--hardware", "h200"], "is no model"),
         (["--model", "no-such-model", "--hardware", "h200"], "gpt-175b"),
         (["--model", "no_such_module:build", "--hardware", "h200"], "cannot be imported"),
     ],
@@ -202,6 +208,7 @@ def test_a_factory_that_reads_values_gets_real_ones(factories: str) -> None:
     [
         ("wrong", "must return"),
         ("broken", "RuntimeError: no such thing"),
+        ("leaves", "SystemExit: 2"),
         ("absent", "cannot be imported"),
     ],
 )
@@ -284,3 +291,102 @@ def test_a_config_that_cannot_be_used_is_named(tmp_path: Path, text: str) -> Non
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(LohanError, match="config"):
         resolve_model(str(tmp_path), batch=1, seq=1)
+
+
+# ---- from the command to the file, nothing replaced ----
+
+REAL = """
+import torch
+from torch import nn
+
+class Blocks(nn.Module):
+    def __init__(self, seq):
+        super().__init__()
+        self.embed = nn.Embedding(64, 32)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+            for _ in range(3)
+        )
+        self.register_buffer("positions", torch.arange(seq))
+
+    def forward(self, tokens, bias):
+        x = self.embed(tokens) + self.embed(self.positions) + bias
+        for block in self.blocks:
+            x = x + block(x)
+        return x.float().logsumexp(-1).mean()
+
+def build(batch, seq):
+    inputs = {"tokens": torch.zeros(batch, seq, dtype=torch.long), "bias": torch.zeros(32)}
+    return Blocks(seq), inputs
+
+def misfit(batch, seq):
+    return nn.Linear(4, 3), (torch.zeros(batch, seq),)
+
+def branches(batch):
+    class Branching(nn.Linear):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+    return Branching(4, 3), (torch.zeros(batch, 4),)
+"""
+
+
+def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m lohan_fx.plan` in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lohan_fx.plan", "--hardware", "lohan-rtx4090", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_hugging_face_config_is_planned_on_the_command_line(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_layer": 3, "n_head": 2, "n_embd": 32, "vocab_size": 97}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = ["--batch", "2", "--seq", "16"]
+    done = command(tmp_path, "--model", "config.json", *sizes, "--dump", "plan.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert plan.fits and plan.model == tmp_path.name
+    assert plan.throughput.tokens_per_s is not None
+    assert plan.num_params == 32 * (97 + 1024 + 2) + 3 * (12 * 32**2 + 13 * 32)
+
+
+def test_a_factory_is_planned_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "real.py").write_text(REAL)
+    budget = "gpu=1300KB,dram=1MB,ssd=1GB"
+    done = command(
+        tmp_path, "--model", "real:build", "--batch", "8", "--seq", "64", "--budget", budget
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1.3 MB" in done.stdout and "limited by" in done.stdout
+
+
+def test_what_cannot_fit_exits_with_2_and_leaves_a_plan_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "real.py").write_text(REAL)
+    budget = ["--budget", "gpu=20KB,dram=1MB,ssd=none"]
+    done = command(tmp_path, "--model", "real:build", *budget, "--dump", "plan.json")
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert "the budget has 20.00 kB" in done.stderr
+    raw = json.loads((tmp_path / "plan.json").read_text())
+    validate_json(raw)
+    assert not raw["fits"] and "at least" in raw["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("misfit", "real:misfit: forward() fails on the example inputs: RuntimeError: "),
+        ("branches", "real:branches: the model cannot be captured"),
+    ],
+)
+def test_a_forward_that_cannot_be_traced_is_one_line_with_the_factorys_name(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    (tmp_path / "real.py").write_text(REAL)
+    done = command(tmp_path, "--model", f"real:{name}", "--batch", "2", "--seq", "5")
+    assert done.returncode == 1
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert words in done.stderr

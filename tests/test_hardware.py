@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,28 @@ def test_a_file_that_is_no_machine_is_refused(tmp_path: Path, text: str) -> None
     file = tmp_path / "machine.json"
     file.write_text(text)
     with pytest.raises(LohanError, match="hardware file"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("h2d_bytes_per_s", 0),
+        ("h2d_bytes_per_s", "fast"),
+        ("ssd_read_bytes_per_s", -1.0),
+        ("dram_bytes", 1.5),
+        ("flops_per_s", {"bfloat16": -1}),
+        ("ssd_simplex", 1),
+        ("name", None),
+    ],
+)
+def test_a_machine_with_an_impossible_value_is_refused_and_the_field_named(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    raw = json.loads(Hardware.preset("h200").to_json()) | {field: value}
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps(raw))
+    with pytest.raises(LohanError, match=f"hardware file: {field} is"):
         load(file)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -99,7 +101,7 @@ def resolve_model(spec: str, *, batch: int, seq: int) -> ModelInput:
     if spec in PRESETS:
         return _from_config(spec, PRESETS[spec], batch, seq)
     path = Path(spec)
-    if path.exists():
+    if os.path.exists(spec):  # False, not an error, for what cannot be a path
         return _from_config(_path_name(path), _read_config(path), batch, seq)
     module, colon, factory = spec.partition(":")
     if colon and module and factory.isidentifier():
@@ -151,11 +153,11 @@ def _from_config(name: str, raw: Mapping[str, Any], batch: int, seq: int) -> Mod
         config.use_cache = False
         with torch.device("meta"):
             model = _model_class(transformers, config).from_config(config)
+        inputs, tokens = _example_inputs(config, type(model).__name__, batch, seq)
     except LohanError:
         raise
     except Exception as exc:  # whatever a config can make a model's constructor raise
         raise LohanError(f"{name} cannot be built from its config: {_one_line(exc)}") from exc
-    inputs, tokens = _example_inputs(config, type(model).__name__, batch, seq)
     return ModelInput(name, model, inputs, tokens)
 
 
@@ -210,22 +212,23 @@ def _from_factory(spec: str, module: str, name: str, batch: int, seq: int) -> Mo
 
     try:
         factory = getattr(importlib.import_module(module), name)
-    except Exception as exc:  # importing a user's module can raise anything
+    except (Exception, SystemExit) as exc:  # importing a user's module can raise anything
         raise LohanError(f"{spec} cannot be imported: {_one_line(exc)}") from exc
     wanted = _accepted(spec, factory, {"batch": batch, "seq": seq})
     try:
         made = _build(factory, wanted)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         raise LohanError(f"{spec} failed: {_one_line(exc)}") from exc
     is_pair = isinstance(made, tuple) and len(made) == 2
     if not is_pair or not isinstance(made[0], torch.nn.Module):
         raise LohanError(f"{spec} must return (model, example inputs), not {type(made).__name__}")
     model, inputs = made
-    if not isinstance(inputs, dict | tuple | list):
+    if not isinstance(inputs, Mapping | tuple | list):
         raise LohanError(
             f"{spec} must return its example inputs as a dict or a tuple, not "
             f"{type(inputs).__name__}"
         )
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs)
     return ModelInput(spec, model, _on_cpu(inputs), _tokens(inputs))
 
 
@@ -233,12 +236,12 @@ def _build(factory: Callable[..., Any], wanted: Mapping[str, int]) -> Any:
     """What the factory makes, on the meta device if it can work there."""
     import torch
 
-    failed: Exception | None = None
+    failed: Exception | SystemExit | None = None
     for place in (torch.device("meta"), nullcontext()):
         try:
             with place:
                 return factory(**wanted)
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             # Some models read values while they are built; those have to exist.
             failed = failed or exc
     assert failed is not None
@@ -249,23 +252,35 @@ def _accepted(spec: str, factory: Any, offered: Mapping[str, int]) -> dict[str, 
     """Those of `offered` that the factory takes."""
     if not callable(factory):
         raise LohanError(f"{spec} is not a function")
-    parameters = inspect.signature(factory).parameters
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:  # some built-in functions have none
+        return {}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict(offered)
     return {key: value for key, value in offered.items() if key in parameters}
 
 
-def _on_cpu(value: Any) -> Any:
-    """The same inputs with zeros in place of tensors that have no values."""
+def _on_cpu(inputs: Any) -> Any:
+    """The same inputs on the CPU, with zeros in place of tensors that have no values."""
     import torch
 
-    if isinstance(value, torch.Tensor):
-        return torch.zeros_like(value, device="cpu") if value.is_meta else value
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_on_cpu(item) for item in value])
-    return value
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.cpu()
+
+    return _map_tensors(move, inputs)
+
+
+def with_dtype(inputs: Any, dtype: torch.dtype) -> Any:
+    """The same inputs, those of real numbers in the dtype that the model computes in."""
+    return _map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+
+
+def _map_tensors(change: Callable[[torch.Tensor], torch.Tensor], inputs: Any) -> Any:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_map(lambda x: change(x) if isinstance(x, torch.Tensor) else x, inputs)
 
 
 def _tokens(inputs: Any) -> int | None:
@@ -279,6 +294,14 @@ def _tokens(inputs: Any) -> int | None:
     return None
 
 
-def _one_line(exc: Exception) -> str:
+def failed_forward(exc: Exception) -> str:
+    """What went wrong when a model was traced on its example inputs, in one line."""
+    # Dynamo's text is a page; the error itself is in one of its lines.
+    found = re.search(r"got (\w+)\((?:'|\")(.*)(?:'|\")\)", str(exc))
+    words = f"{found[1]}: {found[2]}" if found else _one_line(exc)
+    return f"forward() fails on the example inputs: {words}"
+
+
+def _one_line(exc: BaseException) -> str:
     text = " ".join(str(exc).split())
     return f"{type(exc).__name__}: {text[:300]}" if text else type(exc).__name__

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+import os
 import sys
+import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lohan_fx.budget import Budget, Machine
 from lohan_fx.cli.models import PRESETS as MODEL_PRESETS
-from lohan_fx.cli.models import ModelInput, resolve_model
-from lohan_fx.errors import InfeasiblePlan, LohanError
+from lohan_fx.cli.models import ModelInput, failed_forward, resolve_model, with_dtype
+from lohan_fx.errors import CaptureError, InfeasiblePlan, LohanError
 from lohan_fx.hardware import PRESETS as HARDWARE_PRESETS
 from lohan_fx.hardware import Hardware, detect, nearest
 from lohan_fx.hardware import load as load_hardware
 from lohan_fx.plan import Plan, build_unfit_plan
-from lohan_fx.planner import SOLVERS, NothingFits, Overlap
+from lohan_fx.planner import NothingFits, Overlap, check_policy
 from lohan_fx.units import format_bytes
 
 if TYPE_CHECKING:
@@ -51,10 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 if the plan fits, 1 for a user error, 2 if nothing fits."""
     try:
         args = _parser().parse_args(argv)
-        return _run(args)
+        with _quiet():
+            return _run(args)
     except LohanError as exc:
         print(f"lohan-fx plan: {' '.join(str(exc).split())}", file=sys.stderr)
         return DOES_NOT_FIT if isinstance(exc, InfeasiblePlan) else USER_ERROR
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the warnings and logs of libraries off stderr, unless they were asked for."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        if "TORCH_LOGS" not in os.environ:
+            logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(level)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,10 +108,13 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=sorted(_DTYPES),
         default="bf16",
-        help="compute dtype; 16 bits have fp32 master weights (default bf16)",
+        help=(
+            "compute dtype, which inputs of real numbers get too; 16 bits have fp32 master weights "
+            "(default bf16)"
+        ),
     )
     parser.add_argument(
-        "--policy", choices=sorted(SOLVERS), default="greedy", help="who decides (default greedy)"
+        "--policy", type=_policy, default="greedy", help="who decides (default greedy)"
     )
     parser.add_argument(
         "--overlap",
@@ -112,10 +135,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _policy(text: str) -> str:
+    try:
+        check_policy(text)
+    except LohanError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+    return text
+
+
 def _run(args: argparse.Namespace) -> int:
     hardware, budget = _hardware_and_budget(args)
     if args.dump is not None and not args.dump.parent.is_dir():
         raise LohanError(f"--dump {args.dump}: there is no directory {args.dump.parent}")
+    if args.dump is not None and args.dump.is_dir():
+        raise LohanError(f"--dump {args.dump} is a directory; name a file")
     given = resolve_model(args.model, batch=args.batch, seq=args.seq)
     try:
         plan = _plan(args, given, hardware, budget)
@@ -168,17 +201,25 @@ def _this_machine() -> tuple[Hardware, Machine]:
 
 
 def _plan(args: argparse.Namespace, given: ModelInput, hardware: Hardware, budget: Budget) -> Plan:
+    from torch._dynamo.exc import TorchRuntimeError
+
     from lohan_fx import api
 
-    plan = api.make_plan(
-        given.model,
-        budget,
-        given.example_inputs,
-        hardware=hardware,
-        dtype=_torch_dtype(args.dtype),
-        policy=args.policy,
-        overlap=args.overlap,
-    )
+    dtype = _torch_dtype(args.dtype)
+    try:
+        plan = api.make_plan(
+            given.model,
+            budget,
+            with_dtype(given.example_inputs, dtype),
+            hardware=hardware,
+            dtype=dtype,
+            policy=args.policy,
+            overlap=args.overlap,
+        )
+    except CaptureError as exc:
+        raise CaptureError(f"{given.name}: {exc}") from exc
+    except TorchRuntimeError as exc:
+        raise LohanError(f"{given.name}: {failed_forward(exc)}") from exc
     plan = plan.named(given.name)
     return plan if given.tokens is None else plan.with_tokens(given.tokens)
 
@@ -226,7 +267,7 @@ def summary(plan: Plan) -> list[Table]:
     rows = [
         ("model", plan.model),
         ("hardware", plan.hardware),
-        ("parameters", f"{plan.num_params / 1e9:.3g} billion"),
+        ("parameters", _number(plan.num_params)),
         ("policy", plan.policy),
         ("optimizer", plan.overlap),
         ("fits", "yes" if plan.fits else "no"),
@@ -279,6 +320,13 @@ def summary(plan: Plan) -> list[Table]:
     if plan.tensors:
         tables.append(_placements(plan))
     return tables
+
+
+def _number(count: int) -> str:
+    for size, word in ((10**9, "billion"), (10**6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return str(count)
 
 
 def _placements(plan: Plan) -> Table:
