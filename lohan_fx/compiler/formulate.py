@@ -34,7 +34,7 @@ class Seconds:
             dtype = dtype_name(value.dtype) if value is not None else "float32"
             compute = node_flops(node) / self.hardware.gpu_flops_per_s(dtype)
             traffic = 0.0
-            if compute > 0 or _materialised_alone(node):
+            if _is_extern(node) or _is_lookup(node):
                 traffic = node_bytes(node) / self.hardware.gpu_mem_bytes_per_s
             total += max(compute, traffic)
         return total
@@ -68,6 +68,7 @@ def formulate_training(
     activations = _activations(joint, candidates, backward, derived, seconds)
     returned, tangents = _boundary_bytes(joint, saved_roots)
     counted = derived | saved_roots
+    ran_forward = {node for run in forward_of for node in run}
     rows = []
     for info, fw, bw in zip(stages, forward_of, backward_of, strict=True):
         last = info.index == len(stages) - 1
@@ -78,8 +79,8 @@ def formulate_training(
                 kind=info.kind,
                 forward_s=seconds.of(fw),
                 backward_s=seconds.of(bw),
-                forward_workspace_bytes=workspace_bytes(fw, counted, fused=fused),
-                backward_workspace_bytes=workspace_bytes(bw, counted, fused=fused)
+                forward_workspace_bytes=workspace_bytes(fw, counted, ran_forward, fused=fused),
+                backward_workspace_bytes=workspace_bytes(bw, counted, backward, fused=fused)
                 + (tangents if last else 0),
             )
         )
@@ -217,32 +218,31 @@ def _boundary_bytes(joint: Joint, saved_roots: set[fx.Node]) -> tuple[int, int]:
     return returned, tangents
 
 
-# Ops whose inputs and outputs exist in memory however well everything around them is fused.
-def _is_extern(node: fx.Node) -> bool:
-    return node_flops(node) > 0 or _materialised_alone(node)
-
-
+# Ops that move memory by themselves. Of these, look-ups are fused with what reads or feeds them; the
+# inputs and outputs of the others, and of matrix products, exist in memory however well the rest is fused.
+_LOOKUPS = frozenset({"embedding", "index", "gather", "cat", "slice_scatter", "select_scatter"})
 _ALONE = (
-    "embedding",
-    "index",
+    "index_put",
     "scatter",
-    "gather",
+    "embedding_dense_backward",
     "sort",
     "cumsum",
     "dropout",
     "topk",
-    "slice_scatter",
-    "cat",
     "nll_loss",
-    "native_batch_norm",
-    "max_pool",
+    "batch_norm",
+    "pool",
     "upsample",
 )
 
 
-def _materialised_alone(node: fx.Node) -> bool:
+def _is_lookup(node: fx.Node) -> bool:
+    return getattr(node.target, "_opname", "") in _LOOKUPS
+
+
+def _is_extern(node: fx.Node) -> bool:
     name = getattr(node.target, "_opname", "")
-    return any(part in name for part in _ALONE)
+    return node_flops(node) > 0 or (not _is_lookup(node) and any(part in name for part in _ALONE))
 
 
 def _is_reduction(node: fx.Node) -> bool:
@@ -317,11 +317,14 @@ def _runs(
     return forward_of, backward_of
 
 
-def workspace_bytes(run: Sequence[fx.Node], counted: set[fx.Node], *, fused: bool) -> int:
+def workspace_bytes(
+    run: Sequence[fx.Node], counted: set[fx.Node], ran: set[fx.Node], *, fused: bool
+) -> int:
     """Peak of what the nodes of a run, in order, hold at once beyond what exists before them.
 
     `counted` are values that are accounted elsewhere: parameters, and activations of the problem. So
-    are gradients, which nothing in the run reads, once they are made. With `fused`, a pointwise result
+    are gradients, which nothing in the run reads, once they are made. `ran` are the nodes of all runs in
+    this direction: what another one reads stays to the end. With `fused`, a pointwise result
     that only pointwise ops and reductions of the run read is assumed never to reach memory.
     """
     position = {node: index for index, node in enumerate(run)}
@@ -332,7 +335,7 @@ def workspace_bytes(run: Sequence[fx.Node], counted: set[fx.Node], *, fused: boo
             continue
         uses = readers(node)
         inside = [user for user in uses if user in position]
-        leaves = any(_same_direction(node, user) for user in uses if user not in position)
+        leaves = node in ran and any(user in ran and user not in position for user in uses)
         if fused and not leaves and inside:
             made_alone = _is_extern(_source_op(node)) or _is_reduction(node)
             if not made_alone and not any(_is_extern(user) for user in inside):
@@ -348,15 +351,6 @@ def workspace_bytes(run: Sequence[fx.Node], counted: set[fx.Node], *, fused: boo
         live += change
         peak = max(peak, live)
     return peak
-
-
-def _same_direction(node: fx.Node, user: fx.Node) -> bool:
-    """False where a forward value is read in backward: it is saved, or made again there."""
-    return user.op != "output" and _ran_backward(node) == _ran_backward(user)
-
-
-def _ran_backward(node: fx.Node) -> bool:
-    return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def _source_op(node: fx.Node) -> fx.Node:
