@@ -7,7 +7,6 @@ once with every forward node tagged, so that exactly the chosen values are saved
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -199,7 +198,7 @@ def _min_cut(module: fx.GraphModule, joint: Joint) -> tuple[fx.GraphModule, fx.G
 
 def _default_saved(joint: Joint) -> list[str]:
     """Names of what the partitioner saves by itself (parameters' views excepted by a tag)."""
-    trial = copy.deepcopy(joint.module)
+    trial = _copy(joint.module)
     derived = {node.name for node in param_derived(joint)}
     for node in trial.graph.nodes:
         if node.op == "call_function" and node.name in derived:
@@ -212,6 +211,15 @@ def _default_saved(joint: Joint) -> list[str]:
         for node in outputs[joint.num_forward_outputs :]  # type: ignore[index,union-attr]
         if isinstance(node, fx.Node)
     ]
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in a module of its own, names and metadata included."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(module, graph)
 
 
 def _needed_by_backward(
