@@ -292,7 +292,7 @@ def _settings(
             check_directory(path)
     assert parsed.dram is not None
     if isinstance(plan, str | os.PathLike):
-        plan = Plan.from_json(Path(plan).read_text(encoding="utf-8"))
+        plan = _read_plan(Path(plan))
     return Settings(
         model_name=type(model).__name__,
         device=where,
@@ -309,10 +309,20 @@ def _settings(
     )
 
 
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LohanError(f"the plan {path} cannot be read: {error.strerror}") from error
+    except (LohanError, UnicodeDecodeError) as error:
+        raise LohanError(f"{path}: {error}") from error
+
+
 def check_directory(path: Path) -> None:
     """Raise BudgetError unless files can be made in `path`; leaves nothing behind."""
     if not path.is_dir():
-        raise BudgetError(f"ssd={path}: no such directory; make it first")
+        what = "is not a directory" if path.exists() else "no such directory; make it first"
+        raise BudgetError(f"ssd={path}: {what}")
     try:
         with tempfile.TemporaryFile(dir=path):
             pass

@@ -28,6 +28,8 @@ from typing import Protocol
 import torch
 from torch import fx
 
+from .errors import LohanError
+
 
 class Moves(Protocol):
     """What a runtime must do; see the module docstring for each method's meaning."""
@@ -78,7 +80,10 @@ def _define(schema: str) -> None:
     name = schema.split("(")[0]
 
     def run(rt: int, *args: object) -> object:
-        return getattr(_runtimes[rt], name)(*args)
+        runtime = _runtimes.get(rt)
+        if runtime is None:
+            raise LohanError("the compiled model of this graph is gone; keep it while you use it")
+        return getattr(runtime, name)(*args)
 
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")

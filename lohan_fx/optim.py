@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .errors import LohanError, TrainingLoopError
-from .params import Owner, owner_of
+from .params import GuardedParameter, Owner, owner_of
 from .runtime import AdamGroup
 
 
@@ -60,6 +60,10 @@ class Adam(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 found = owner_of(param)
+                if found is None and isinstance(param, GuardedParameter):
+                    raise LohanError(
+                        "the model of these parameters has been closed; build it again"
+                    )
                 if found is None:
                     raise LohanError(
                         f"a parameter of shape {tuple(param.shape)} is not managed by lohan_fx; call "
@@ -123,9 +127,7 @@ class Adam(torch.optim.Optimizer):
         self.state.clear()
         for group in self.param_groups:
             for param in group["params"]:
-                found = owner_of(param)
-                if found is not None:
-                    self.state[param] = self._owner.optimizer_state(found[1])
+                self.state[param] = self._owner.optimizer_state(_pid(param))
         try:
             return super().state_dict()
         finally:
@@ -149,9 +151,8 @@ class Adam(torch.optim.Optimizer):
             group.update({k: v for k, v in stored.items() if k != "params"})
             for param, index in zip(group["params"], stored["params"], strict=True):
                 state = state_dict["state"].get(index)
-                found = owner_of(param)
-                if state is not None and found is not None:
-                    self._owner.set_optimizer_state(found[1], state)
+                if state is not None:
+                    self._owner.set_optimizer_state(_pid(param), state)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TrainingLoopError("a lohan_fx optimizer cannot be pickled; use state_dict()")
@@ -173,6 +174,13 @@ class AdamW(Adam):
         max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
+
+
+def _pid(param: torch.Tensor) -> int:
+    found = owner_of(param)
+    if found is None:
+        raise LohanError("this optimizer's model has been closed, and the state went with it")
+    return found[1]
 
 
 def _check_group(group: dict[str, Any]) -> None:

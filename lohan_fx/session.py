@@ -11,21 +11,30 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .budget import Budget
 from .compiler.buckets import ParamInfo, bucket_numel_for, first_uses, make_buckets
-from .compiler.capture import Backend, Decision, Traced, graph_break_line, owned, unwrap
+from .compiler.capture import (
+    Backend,
+    Decision,
+    Traced,
+    graph_break_line,
+    misplaced_input,
+    owned,
+    unwrap,
+)
 from .compiler.formulate import formulate_training
 from .compiler.skeleton import Skeleton
 from .compiler.values import dtype_name, tensor_of
 from .compiler.weave import Layout, Windows, Woven
-from .errors import CaptureError, LohanError, TrainingLoopError
+from .errors import CaptureError, LohanError, PlanMismatch, TrainingLoopError
 from .hardware import Hardware
 from .optim import Adam
 from .params import ManagedParams
@@ -107,8 +116,9 @@ class Session:
         )
         _move_buffers(model, settings.device)
         self._step = _own_code(model)
+        self._backend = Backend(self)
         self._compiled = torch.compile(
-            self._step, backend=Backend(self), fullgraph=True, dynamic=False
+            self._step, backend=self._backend.weakly(), fullgraph=True, dynamic=False
         )
 
     # What params.Owner, the optimizer and the compiler's Host ask for.
@@ -143,9 +153,12 @@ class Session:
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; pass them, or freeze "
                 "them with requires_grad_(False) before lohan_fx.compile"
             )
-        self._optimizer = weakref.ref(optimizer)
+        self._check_clipping(optimizer)
         if self.runtime is not None:
             self.runtime.attach(optimizer)
+            if self._adopted and self._optimizer is not None and present is None:
+                self.runtime.reset_moments()
+        self._optimizer = weakref.ref(optimizer)
 
     def step(self) -> None:
         self._check_open()
@@ -321,9 +334,10 @@ class Session:
             with self.params.exposed(), compiler_settings():
                 return self._compiled(*args, **kwargs)
         except Exception as error:
-            if self.runtime is not None:
-                self.runtime.abort()
+            self._undo_call()
             explained = _explained(error)
+            if not isinstance(explained, LohanError):
+                explained = _misplaced(error, args, kwargs, self.device)
             if explained is error:
                 raise
             # What Dynamo wraps around it, and its frames, say nothing more.
@@ -353,6 +367,18 @@ class Session:
 
     # Internals.
 
+    def _undo_call(self) -> None:
+        """After a failed call: drop what its pass holds, and a capture that holds no values yet."""
+        if self.runtime is None:
+            return
+        self.runtime.abort()
+        if not self._adopted:
+            self.runtime.close()
+            self.runtime = None
+            self.captured.clear()
+            self.buckets, self.placements = (), ()
+            torch._dynamo.reset_code(self._step.__code__)  # it holds the runtime's number
+
     def _check_open(self) -> None:
         if self._closed:
             raise LohanError("this model was closed; build and compile it again")
@@ -363,15 +389,21 @@ class Session:
     def _overlap(self) -> Overlap:
         chosen = self.settings.overlap
         optimizer = self._optimizer_now()
+        if chosen != "auto":
+            self._check_clipping(optimizer)
+            return Overlap(chosen)
         clips = optimizer is not None and optimizer.max_grad_norm is not None
-        if chosen == "auto":
-            return Overlap.NEXT_FORWARD if clips else Overlap.BACKWARD
-        if clips and chosen != Overlap.NEXT_FORWARD:
+        return Overlap.NEXT_FORWARD if clips else Overlap.BACKWARD
+
+    def _check_clipping(self, optimizer: Adam | None) -> None:
+        chosen = self.settings.overlap
+        if optimizer is None or optimizer.max_grad_norm is None or chosen == "auto":
+            return
+        if not Overlap(chosen).waits_for_step:
             raise LohanError(
                 f"max_grad_norm needs all gradients before the first update, which overlap={chosen!r} "
                 'does not allow; use overlap="next-forward" or "auto"'
             )
-        return Overlap(chosen)
 
     def _margin_bytes(self) -> int:
         if self.device.type != "cuda":
@@ -400,8 +432,9 @@ class Session:
 
     def _solve(self, problem: Problem) -> Solution:
         settings = self.settings
+        replayed = None
         if settings.plan is not None and not self._adopted:
-            solution = settings.plan.solution_for(problem)
+            solution = replayed = settings.plan.solution_for(problem)
         else:
             forced = Forced()
             if self._adopted:
@@ -419,6 +452,10 @@ class Session:
                     raise
                 solution = self._run_policy(problem, Forced())
         faults = validate(problem, solution)
+        if faults and solution is replayed:
+            raise PlanMismatch(
+                f"this plan cannot run within {settings.budget}: {faults[0]}; plan again for this budget"
+            )
         if faults:
             raise LohanError(f"the plan breaks its own rules: {faults[0]} ({len(faults)} in all)")
         return solution
@@ -503,10 +540,7 @@ def tensor_rows(buckets: Sequence[Bucket], traced: Traced) -> list[TensorRow]:
 
 @contextmanager
 def compiler_settings() -> Iterator[None]:
-    """Dynamo settings under which real models trace whole: transformers' log lines are left out.
-
-    A frozenset, as Dynamo's own metrics sort sets, and functions have no order.
-    """
+    """Dynamo settings under which real models trace whole: transformers' log lines are left out."""
     ignored = set(torch._dynamo.config.ignore_logging_functions)
     hf_logging = sys.modules.get("transformers.utils.logging")
     if hf_logging is not None:
@@ -515,8 +549,25 @@ def compiler_settings() -> Iterator[None]:
             ignored.add(getattr(logger, name, None))
         ignored.add(getattr(hf_logging, "warning_once", None))
         ignored.discard(None)
-    with torch._dynamo.config.patch(ignore_logging_functions=frozenset(ignored)):
+    with torch._dynamo.config.patch(ignore_logging_functions=_Functions(ignored)):
         yield
+
+
+class _Functions(str):
+    """A set of functions that is text to JSON: Dynamo 2.11 writes its settings down, sets sorted."""
+
+    _members: frozenset[object]
+
+    def __new__(cls, members: Iterable[object]) -> _Functions:
+        self = super().__new__(cls, "functions that log")
+        self._members = frozenset(members)
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._members)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._members
 
 
 def _own_code(model: torch.nn.Module) -> Callable[..., Any]:
@@ -560,7 +611,19 @@ def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
                     module._buffers[name] = buffer.to(device)
 
 
-def _explained(error: Exception) -> BaseException:
+def _misplaced(
+    error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
+) -> Exception:
+    """A CaptureError that names an argument on another device, where there is one; else `error`."""
+    numbered: dict[Any, Any] = {**dict(enumerate(args, start=1)), **kwargs}
+    for (first, *rest), value in tree_flatten_with_path(numbered)[0]:
+        if isinstance(value, torch.Tensor) and value.dim() and value.device.type != device.type:
+            name = "argument " + keystr((first,)).strip("[]")
+            return misplaced_input(name + keystr(tuple(rest)), value, device)
+    return error
+
+
+def _explained(error: Exception) -> Exception:
     """The error a user should see for what came out of torch.compile."""
     inner = unwrap(error)
     if isinstance(inner, LohanError):

@@ -7,6 +7,7 @@ stale or torn weight shows in the next step's bits.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from lohan_fx.program import (
 from lohan_fx.runtime import AdamGroup, Runtime, RuntimeOptions
 
 G, D, S = Tier.GPU, Tier.DRAM, Tier.SSD
+# A runtime does not keep its optimizer alive.
+_KEPT: weakref.WeakKeyDictionary[Runtime, Hyper] = weakref.WeakKeyDictionary()
 GROUP = AdamGroup(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01, decoupled=True)
 PLACES = {
     "float32": [(G, G), (D, D), (D, S), (S, D), (S, S)],
@@ -207,6 +210,7 @@ def make_runtime(
     runtime.adopt(buckets, stubs_of(buckets), values_of(buckets), placements)
     if hyper is not None:
         runtime.attach(hyper)
+        _KEPT[runtime] = hyper
     return runtime
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -77,14 +78,31 @@ class Host(Protocol):
     def timed(self, what: str) -> AbstractContextManager[None]: ...
 
 
+# [Note: compiled code holds no model]
+# Dynamo keeps backends for good, and what it compiled with the code object, where the garbage
+# collector does not see it. A reference from there to the host would keep a dropped model's memory
+# and files; so they refer to it weakly. While a compiled call runs, the host is alive: it called.
+
+
 class Backend:
-    """Pass this to torch.compile. One per compiled model."""
+    """The host's backend; give `weakly()` of it to torch.compile. One per compiled model."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._compiler: RegionCompiler = (
             InductorCompiler() if host.lowering == "inductor" else AtenCompiler()
         )
+
+    def weakly(self) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+        """This backend as a function that does not keep it alive."""
+        reference = weakref.ref(self)
+
+        def lohan(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            backend = reference()
+            assert backend is not None  # See [Note: compiled code holds no model]
+            return backend(module, example_inputs)
+
+        return lohan
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         host = self._host
@@ -123,10 +141,7 @@ class Backend:
                     if source is not None and callable(getattr(source.source, "name", None))
                     else node.name
                 )
-                raise CaptureError(
-                    f"{name} (shape {tuple(value.shape)}) is on {value.device}, the step runs on "
-                    f"{self._host.device}; move it there before the call: x.to({str(self._host.device)!r})"
-                )
+                raise misplaced_input(name, value, self._host.device)
 
 
 class _Step:
@@ -139,11 +154,17 @@ class _Step:
         param_index: Mapping[int, int],
         fake_mode: Any,
     ) -> None:
-        self._host = host
+        self._host_ref = weakref.ref(host)  # See [Note: compiled code holds no model]
         self._compiler = compiler
         self._param_index = param_index
         self._fake_mode = fake_mode
         self._index = -1
+
+    @property
+    def _host(self) -> Host:
+        host = self._host_ref()
+        assert host is not None
+        return host
 
     def partition(
         self, module: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
@@ -235,13 +256,16 @@ class _Step:
         if not prepare:
             return skeleton
         expected = tuple(self._param_index.items())
+        names, host_ref = list(host.names), self._host_ref
 
         def run(args: list[Any]) -> Any:
+            host = host_ref()
+            assert host is not None
             # Dynamo may run this code for another Parameter object than it was planned for.
             for position, pid in expected:
                 if host.owns(args[position]) != pid:
                     raise CaptureError(
-                        f"parameter {host.names[pid]!r} was replaced after lohan_fx.compile; set "
+                        f"parameter {names[pid]!r} was replaced after lohan_fx.compile; set "
                         "values with load_state_dict instead of assigning a new Parameter"
                     )
             host.prepare(index)
@@ -286,6 +310,14 @@ def inherit_stages(backward: fx.Graph) -> None:
         stages = [user.meta["lohan_stage"] for user in node.users if "lohan_stage" in user.meta]
         if stages:
             node.meta["lohan_stage"] = max(stages)
+
+
+def misplaced_input(name: str, value: torch.Tensor, device: torch.device) -> CaptureError:
+    """What to say of a tensor that the step cannot read where it is."""
+    return CaptureError(
+        f"{name} (shape {tuple(value.shape)}) is on {value.device}, the step runs on {device}; move it "
+        f"there before the call: x.to({str(device)!r})"
+    )
 
 
 def unwrap(error: BaseException) -> BaseException:

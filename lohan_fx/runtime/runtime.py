@@ -226,7 +226,7 @@ class Runtime:
         self._programs: dict[int, Program] = {}
         self._checked: set[int] = set()  # programs whose staging needs fit
         self._grad_plans: dict[int, GradPlan] = {}
-        self._hyper: HyperSource | None = None
+        self._hyper_ref: weakref.ref[HyperSource] | None = None
         self._pass: _Pass | None = None
         self._live: _Live | None = None
         self._dropped: set[int] = set()  # tokens of handles that are gone
@@ -321,8 +321,9 @@ class Runtime:
             raise
         self._parts.windows = windows
         windows.updates.step_count = self._step_count
-        if self._hyper is not None:
-            windows.updates.attach(self._hyper)
+        hyper = self._hyper
+        if hyper is not None:
+            windows.updates.attach(hyper)
 
     def add_program(self, program: Program) -> None:
         """Make a program known under its index."""
@@ -331,10 +332,10 @@ class Runtime:
         self._programs[program.index] = program
 
     def attach(self, optimizer: HyperSource) -> None:
-        """Take hyperparameters from `optimizer` from now on; once.
+        """Take hyperparameters from `optimizer` for as long as it lives; the caller keeps it.
 
         Raises:
-            TrainingLoopError: there is another one already.
+            TrainingLoopError: another one is alive.
             LohanError: it clips gradients, which this overlap mode cannot.
         """
         if self._hyper is not None and self._hyper is not optimizer:
@@ -344,7 +345,11 @@ class Runtime:
             )
         if self._parts.windows is not None:
             self._updates.attach(optimizer)
-        self._hyper = optimizer
+        self._hyper_ref = weakref.ref(optimizer)
+
+    @property
+    def _hyper(self) -> HyperSource | None:
+        return None if self._hyper_ref is None else self._hyper_ref()
 
     def close(self) -> None:
         """Give everything back. May be repeated, in any state."""
@@ -474,6 +479,17 @@ class Runtime:
         home.store(spec, "exp_avg", exp_avg)
         home.store(spec, "exp_avg_sq", exp_avg_sq)
 
+    def reset_moments(self) -> None:
+        """Both moments of every parameter to zero, steps to 0: where a new optimizer starts."""
+        self._quiet()
+        for home in self._parts.store.homes.values():
+            if home.bucket.trainable:
+                for spec in home.bucket.params:
+                    zeros = torch.zeros(spec.shape)
+                    home.store(spec, "exp_avg", zeros)
+                    home.store(spec, "exp_avg_sq", zeros)
+        self.step_count = 0
+
     # Reports
 
     def stats(self) -> RuntimeStats:
@@ -542,6 +558,8 @@ class Runtime:
         self._recover()
         windows = self._opened()
         self._check_torn()
+        if self._hyper is None:
+            raise TrainingLoopError(_CREATE_OPTIMIZER)
         token = int(handle[0])
         live = self._live
         if windows.updates.pending:

@@ -13,6 +13,7 @@ compute stream at which the update became possible, so the backward has read the
 from __future__ import annotations
 
 import enum
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,7 +225,7 @@ class Updates:
         self._window = GradWindow(pools, device, options.grad_window_bytes)
         self._plan: GradPlan | None = None
         self._groups: list[AdamGroup] = []
-        self._hyper: HyperSource | None = None
+        self._hyper_ref: weakref.ref[HyperSource] | None = None
         self._clip: float | None = None
         self._started = 0  # buckets updated in this backward
         self._jobs: deque[_Job] = deque()  # in order of submission, until they are done
@@ -304,16 +305,18 @@ class Updates:
     # A backward
 
     def attach(self, hyper: HyperSource) -> None:
-        self._hyper = hyper
+        """Take hyperparameters from here, which stays its owner's: what lives here outlives the model."""
+        self._hyper_ref = weakref.ref(hyper)
         self._check_clip(hyper.max_grad_norm)
 
     @property
-    def attached(self) -> HyperSource | None:
-        return self._hyper
+    def _hyper(self) -> HyperSource:
+        hyper = None if self._hyper_ref is None else self._hyper_ref()
+        assert hyper is not None
+        return hyper
 
     def begin_backward(self, plan: GradPlan) -> None:
         hyper = self._hyper
-        assert hyper is not None
         if not self._overlap.waits_for_step and plan.most_open > self._num_ring:
             raise LohanError(
                 f"this backward gathers gradients of {plan.most_open} buckets at the same time, with "
@@ -427,7 +430,7 @@ class Updates:
         """
         if not self.pending:
             return
-        assert self._plan is not None and self._hyper is not None
+        assert self._plan is not None
         self.pending = False
         if not self._overlap.waits_for_step:
             self.step_count += 1
@@ -595,7 +598,6 @@ class Updates:
         record.advance(UpdateState.IDLE)
 
     def _group_of(self, pid: int) -> int | None:
-        assert self._hyper is not None
         return self._hyper.group_of(pid)
 
     def _update_on_gpu(
