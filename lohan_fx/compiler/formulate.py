@@ -352,8 +352,9 @@ def workspace_bytes(
         last = (
             len(run) - 1 if leaves else max((position[u] for u in inside), default=position[node])
         )
+        first = _earliest(node, position) if fused else position[node]
         nbytes = -(-storage_span_bytes(value) // 512) * 512
-        delta[position[node]] += nbytes
+        delta[first] += nbytes
         delta[last + 1] -= nbytes
     peak = live = 0
     for change in delta:
