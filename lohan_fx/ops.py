@@ -73,7 +73,7 @@ _SCHEMAS = (
     "grad(int rt, int pid, Tensor g) -> ()",
 )
 
-_library = torch.library.Library("lohan", "DEF")
+_library = torch.library.Library("lohan", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str) -> None:
@@ -85,8 +85,8 @@ def _define(schema: str) -> None:
             raise LohanError("the compiled model of this graph is gone; keep it while you use it")
         return getattr(runtime, name)(*args)
 
-    _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     fx.node.has_side_effect(getattr(torch.ops.lohan, name).default)
 
 

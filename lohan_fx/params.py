@@ -9,7 +9,7 @@ one raises an error that says what to call instead.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -32,7 +32,8 @@ class Owner(Protocol):
     def last_grad_norm(self) -> float | None: ...
 
 
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Parameter -> (weakref to Owner, pid)
+# Parameter -> its owner and number; torch's dictionary, which keys by identity, has no types.
+_owners: MutableMapping[torch.Tensor, tuple[weakref.ref[Owner], int]] = WeakIdKeyDictionary()
 
 
 def owner_of(param: torch.Tensor) -> tuple[Owner, int] | None:
@@ -91,9 +92,9 @@ _METADATA = frozenset(
     torch.Tensor.get_device,
     torch.Tensor.__len__,
     torch.Tensor.__hash__,
-    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]  # a slot, declared as bool
     torch.Tensor.requires_grad_,
-    torch.Tensor.grad.__set__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__set__,  # type: ignore[union-attr]  # a slot, declared as a tensor
     torch.Tensor.untyped_storage,
     torch.Tensor.register_hook,
     torch.Tensor.register_post_accumulate_grad_hook,
@@ -269,7 +270,7 @@ def _zero_byte(value: torch.Tensor, dtype: torch.dtype, device: torch.device) ->
             "storage_offset": 0,
             "dtype": dtype,
         }
-        made: torch.Tensor = construct(fields, torch.UntypedStorage(0, device=device))
+        made: torch.Tensor = construct(fields, torch.UntypedStorage(0, device=device))  # type: ignore[no-untyped-call]
         return made
     # On a CPU the pages are never touched, so that nothing is taken even for a moment.
     full = torch.empty_strided(value.shape, stride, dtype=dtype, device=device)

@@ -108,6 +108,7 @@ class Session:
         self._optimizer: weakref.ref[Adam] | None = None
         self._pending_state: dict[int, Mapping[str, Any]] = {}
         self._adopted = False
+        self._placed_options: RuntimeOptions | None = None
         self._closed = False
         self.params = ManagedParams(model, self, device=settings.device, dtype=dtype)
         self._requires_grad = [stub.requires_grad for stub in self.params.stubs]
@@ -577,7 +578,7 @@ def _own_code(model: torch.nn.Module) -> Callable[..., Any]:
     """
 
     def step(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
+        return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     step.__code__ = step.__code__.replace(co_name=f"step_of_{type(model).__name__}")
     return step

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import lohan_fx
 
 
@@ -25,9 +27,5 @@ def test_every_public_name_exists_and_the_list_is_sorted() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    try:
-        lohan_fx.nonsense
-    except AttributeError as error:
-        assert "nonsense" in str(error)
-    else:
-        raise AssertionError("no error")
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = lohan_fx.nonsense

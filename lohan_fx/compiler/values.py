@@ -67,7 +67,7 @@ def views_of(node: fx.Node) -> Iterator[fx.Node]:
 
 def readers(node: fx.Node) -> set[fx.Node]:
     """Nodes that read the storage of `node`, through views too; views and the output not counted."""
-    found = set()
+    found: set[fx.Node] = set()
     for view in views_of(node):
         found.update(user for user in view.users if view_source(user) is None)
     return {user for user in found if user.op != "output"}

@@ -209,7 +209,7 @@ class Weaver:
     def rebuild(
         self,
         *,
-        placeholders: Sequence[fx.Node],
+        placeholders: Sequence[fx.Node | None],
         begin: tuple[str, int] | None,
         handle_like: torch.Tensor | None,
         param_of: Mapping[fx.Node, int],
@@ -299,7 +299,7 @@ class Weaver:
         return clone
 
     def _call(self, new: fx.Graph, op: str, arg: int, tensor: fx.Node | None = None) -> fx.Node:
-        args: tuple[object, ...] = (self.number, arg)
+        args: tuple[int | fx.Node, ...] = (self.number, arg)
         if tensor is not None:
             args = (*args, tensor)
         call = new.call_function(getattr(torch.ops.lohan, op).default, args)
@@ -397,7 +397,7 @@ def weave_training(
         node for node in backward.graph.find_nodes(op="placeholder") if node.name not in saved_names
     ]
     new_backward, backward_moves = bw.rebuild(
-        placeholders=[  # type: ignore[list-item]
+        placeholders=[
             *(bw_by_name[node.name] for node in kept if node.name in kept_names),
             None,
             *tangents,
@@ -508,8 +508,8 @@ def _gradient_positions(graph: fx.Graph, param_index: Mapping[int, int]) -> dict
     found = {}
     for position, desc in enumerate(descs):
         source = getattr(desc, "grad_of", None)
-        index = getattr(source, "idx", None)
-        if index in param_index:
+        index: int | None = getattr(source, "idx", None)
+        if index is not None and index in param_index:
             found[position] = param_index[index]
     return found
 

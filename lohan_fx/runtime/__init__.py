@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import AdamGroup, HyperSource, Overlap, RuntimeOptions, RuntimeStats
+from .options import AdamGroup, HyperSource, RuntimeOptions, RuntimeStats
 from .runtime import Runtime
 
-__all__ = ["AdamGroup", "HyperSource", "Overlap", "Runtime", "RuntimeOptions", "RuntimeStats"]
+__all__ = ["AdamGroup", "HyperSource", "Runtime", "RuntimeOptions", "RuntimeStats"]

@@ -22,6 +22,7 @@ import torch
 
 from lohan_fx import native, ops
 from lohan_fx.errors import LohanError, PlanMismatch, TrainingLoopError
+from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, BucketPlacement, Program, Tier
 
 from .activations import Slots
@@ -29,7 +30,7 @@ from .buckets import BucketHome, BucketStore, InDram, OnSsd, param_views
 from .device import Arrival, Device, open_device
 from .inbound import Inbound, Incoming, Key, Source
 from .memory import Arena, Pools, require_fit
-from .options import HyperSource, Overlap, RuntimeOptions, RuntimeStats
+from .options import HyperSource, RuntimeOptions, RuntimeStats
 from .updates import GradPlan, Updates
 from .waits import Waits
 

@@ -22,13 +22,14 @@ import torch
 
 from lohan_fx import native
 from lohan_fx.errors import LohanError, TransferError
+from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, ParamSpec, Program, Tier
 
 from .adam_gpu import Update, adam_step, update_on_device
 from .buckets import BucketHome, BucketStore, InDram, OnGpu, OnSsd, Place, dense
 from .device import Arrival, Device
 from .memory import DeviceBytes, HostBytes, Pools, pages
-from .options import AdamGroup, HyperSource, Overlap, RuntimeOptions
+from .options import AdamGroup, HyperSource, RuntimeOptions
 from .waits import Waits
 
 
