@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard kernels/*) pyproject.toml constraints.txt
+TREE := build/typecheck
 
-.PHONY: help demo test test-gpu lint types check bench clean
+.PHONY: help demo test lint types tree check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -14,10 +15,13 @@ help:  ## list the targets
 $(VENV)/bin/python:
 	$(PYTHON) -m venv --system-site-packages $(VENV)
 
+# The torch that is there then stays: the constraints may name another version of it.
 $(STAMP): $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -c "import torch; print(f'torch=={torch.__version__}')" >> $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[hf,dev]"
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[hf,dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)  ## set up, then train a real model whose budget forces all three tiers
@@ -26,15 +30,18 @@ demo: $(STAMP)  ## set up, then train a real model whose budget forces all three
 test: $(STAMP) lint types  ## set up, then check style, contracts, types and run all tests
 	$(BIN)/python -m pytest
 
-lint: $(STAMP)  ## formatting, style rules and import contracts
+# Contracts and types are checked on the tree as it is installed, where planner/ is lohan_fx.planner.
+tree: $(STAMP)
+	rm -rf $(TREE)
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C wheel.cmake=false --target $(TREE) .
+
+lint: tree  ## formatting, style rules and import contracts
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
-	PYTHONPATH= $(BIN)/lint-imports --no-cache
+	cd $(TREE) && $(abspath $(BIN))/python $(CURDIR)/.ci/contracts.py
 
-# Types are checked on the tree as it is installed, where planner/ is lohan_fx.planner.
-types: $(STAMP)  ## mypy, strict
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C wheel.cmake=false --upgrade --target build/typecheck .
-	MYPYPATH=build/typecheck $(BIN)/python -m mypy -p lohan_fx
+types: tree  ## mypy, strict
+	MYPYPATH=$(TREE) $(BIN)/python -m mypy -p lohan_fx
 
 check: lint types  ## everything but the tests
 

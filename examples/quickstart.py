@@ -9,8 +9,9 @@ standard library, one token a byte. The same model is then trained by plain PyTo
 weights, torch.optim.AdamW) and the losses are printed side by side.
 
 The default budget holds less in GPU and DRAM together than the training would take on the GPU alone,
-so some of it must be on the SSD. A planner left alone then keeps what is used most off the disk; to show every path, the
-default policy here spreads weights, optimizer state and activations each over all three tiers.
+so some of it must be on the SSD. A planner left alone then keeps what is used most off the disk; to
+show every path, the default policy here spreads weights, optimizer state and activations each over all
+three tiers.
 """
 
 from __future__ import annotations
