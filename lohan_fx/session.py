@@ -223,11 +223,11 @@ class Session:
         plan = self._plan(problem, solution, traced)
         self.captured.append(Captured(plan=plan, solution=solution))
         index = len(self.captured) - 1
-        if settings.plan_only:
-            raise PlanReady("planned")
         placements = tuple(_placement(place) for place in solution.buckets)
         options = self._options(solution, overlap)
-        if self.runtime is None:
+        if settings.plan_only:
+            pass  # the graphs are still rewritten, for the plan's schedule
+        elif self.runtime is None:
             self.runtime = Runtime(
                 settings.device,
                 gpu_bytes=settings.capacities.gpu_bytes,
@@ -243,7 +243,7 @@ class Session:
         self.placements, self._placed_options = placements, options
         windows = solution.windows
         return Decision(
-            number=self.runtime.number,
+            number=0 if self.runtime is None else self.runtime.number,
             index=index,
             layout=Layout(
                 buckets=self.buckets,
@@ -278,6 +278,8 @@ class Session:
             captured.plan = captured.plan.with_schedule(
                 PlanMove(name, move.op, move.arg) for name, moves in passes for move in moves
             )
+        if self.settings.plan_only:
+            raise PlanReady("planned")
         assert self.runtime is not None
         self.runtime.add_program(program)
 

@@ -350,6 +350,7 @@ def test_a_hugging_face_config_is_planned_on_the_command_line(tmp_path: Path) ->
     plan = Plan.from_json((tmp_path / "plan.json").read_text())
     assert plan.fits and plan.model == tmp_path.name
     assert plan.throughput.tokens_per_s is not None
+    assert {move.in_pass for move in plan.schedule} == {"forward", "backward"}
     assert plan.num_params == 32 * (97 + 1024 + 2) + 3 * (12 * 32**2 + 13 * 32)
 
 
