@@ -19,7 +19,7 @@ from .errors import BudgetError, CaptureError, LohanError
 from .plan import Plan
 from .planner import Capacities, Overlap, check_policy
 from .report import report_text
-from .session import PlanReady, Policy, Session, Settings
+from .session import Captured, PlanReady, Policy, Session, Settings
 from .units import format_bytes
 
 OVERLAPS = ("auto", *(str(mode) for mode in Overlap))
@@ -41,9 +41,7 @@ class CompiledModel(torch.nn.Module):
         Raises:
             LohanError: nothing has been captured yet; call the model once.
         """
-        if not self._lohan.captured or self._lohan.captured[-1].plan is None:
-            raise LohanError("there is no plan before the first forward; call the model once")
-        return self._lohan.captured[-1].plan
+        return self._latest("plan").plan
 
     def report(self) -> str:
         """Tiers, predicted times and bytes, and what the runtime has measured so far, as text."""
@@ -55,9 +53,7 @@ class CompiledModel(torch.nn.Module):
         Keys "forward" and "backward" are the FX graphs with their lohan ops, "forward_skeleton" and
         "backward_skeleton" the programs that run.
         """
-        if not self._lohan.captured or self._lohan.captured[-1].woven is None:
-            raise LohanError("there are no graphs before the first forward; call the model once")
-        captured = self._lohan.captured[-1]
+        captured = self._latest("graph")
         woven = captured.woven
         assert woven is not None
         found = {"forward": woven.forward.print_readable(print_output=False)}
@@ -65,6 +61,15 @@ class CompiledModel(torch.nn.Module):
             found["backward"] = woven.backward.print_readable(print_output=False)
         found.update({f"{part}_skeleton": s.source for part, s in captured.skeletons.items()})
         return found
+
+    def _latest(self, what: str) -> Captured:
+        if not self._lohan.captured:
+            raise LohanError(f"there is no {what} before the first forward; call the model once")
+        return self._lohan.captured[-1]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget gradients that still wait for the optimizer's `step()`."""
+        self._lohan.discard_gradients()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As nn.Module.state_dict, with parameters as CPU copies in their compute dtype."""

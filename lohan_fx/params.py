@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .errors import LohanError
+from .errors import LohanError, TrainingLoopError
 
 
 class Owner(Protocol):
@@ -26,6 +26,8 @@ class Owner(Protocol):
     def attach(self, optimizer: Any) -> None: ...
     def step(self) -> None: ...
     def discard_gradients(self) -> None: ...
+    @property
+    def gradients_pending(self) -> bool: ...
     def optimizer_state(self, pid: int) -> dict[str, Any]: ...
     def set_optimizer_state(self, pid: int, state: Mapping[str, Any]) -> None: ...
     @property
@@ -96,8 +98,7 @@ _METADATA = frozenset(
     torch.Tensor.requires_grad_,
     torch.Tensor.grad.__set__,  # type: ignore[union-attr]  # a slot, declared as a tensor
     torch.Tensor.untyped_storage,
-    torch.Tensor.register_hook,
-    torch.Tensor.register_post_accumulate_grad_hook,
+    torch.Tensor.data_ptr,
     torch.Tensor.is_pinned,
     torch.is_floating_point,
     torch.is_complex,
@@ -105,8 +106,46 @@ _METADATA = frozenset(
 }
 
 
+_HOOKS = (torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook)
+_READ_GRAD = torch.Tensor.grad.__get__  # type: ignore[union-attr]  # a slot, declared as a tensor
+# Operators that change their left side; other functions that do end in one underscore.
+_IN_PLACE_OPERATORS = frozenset(
+    f"__{name}__"
+    for name in (
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift", "setitem"),
+    )
+)
+
+
+_NO_HOOKS = (
+    "gradients are consumed inside the step and never reach param.grad, so a hook would not run; "
+    "remove it"
+)
+
+
+class _NoGradient(torch.autograd.Function):
+    """A parameter's value outside of the compiled forward: there is no gradient through it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise TrainingLoopError(
+            "a parameter was used outside of the compiled forward, and this backward would lose that "
+            "part of its gradient; compute it inside of the model's forward(), or detach() the "
+            "parameter"
+        )
+
+
 class GuardedParameter(torch.nn.Parameter):
-    """A managed parameter as seen outside of compiled calls."""
+    """A managed parameter as seen outside of compiled calls.
+
+    Reading gives the present value, on its device; a backward through that is an error, as its
+    gradient could not reach the optimizer. So is anything that would change the value.
+    """
 
     @classmethod
     def __torch_function__(
@@ -118,24 +157,33 @@ class GuardedParameter(torch.nn.Parameter):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
+            if func == _READ_GRAD:  # a new wrapper at every access
+                _refuse_pending(args[0])
             if func in _METADATA:
                 return func(*args, **kwargs)
             name = getattr(func, "__name__", str(func))
             base = getattr(getattr(func, "__self__", None), "__name__", "")
-            in_place = name.endswith("_") and not name.endswith("__")
-            if in_place or "out" in kwargs or name == "__set__" or base == "data":
+            if func in _HOOKS:
+                raise LohanError(f"{name} on a managed parameter: {_NO_HOOKS}")
+            in_place = name in _IN_PLACE_OPERATORS or (
+                name.endswith("_") and not name.endswith("__")
+            )
+            changes = name == "__set__" or base == "data"
+            changes |= in_place and _holds_guarded(args[:1] or list(kwargs.values()))
+            changes |= _holds_guarded([kwargs.get("out")])
+            if changes:
                 raise LohanError(
                     f"{base or name} would change a parameter whose values live in the memory tiers; "
                     "use model.load_state_dict(...) to set values, or change them before "
-                    "lohan_fx.compile"
+                    "lohan_fx.compile (detach() gives a copy to read)"
                 )
             return func(*_read_all(args), **_read_all(kwargs))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return (
-            f"Parameter(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
-            "managed by lohan_fx)"
-        )
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        try:
+            return f"Parameter managed by lohan_fx:\n{_read_all(self).detach()!r}"
+        except LohanError:
+            return f"Parameter of a closed model: shape {tuple(self.shape)}, dtype {self.dtype}"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise LohanError(
@@ -149,6 +197,26 @@ class GuardedParameter(torch.nn.Parameter):
         )
 
 
+def _holds_guarded(values: Sequence[Any]) -> bool:
+    return any(
+        _holds_guarded(value)
+        if isinstance(value, list | tuple)
+        else isinstance(value, GuardedParameter)
+        for value in values
+    )
+
+
+def _refuse_pending(param: torch.Tensor) -> None:
+    """Between backward and step(), `param.grad` would be set in a plain loop; None would mislead."""
+    found = owner_of(param)
+    if found is not None and found[0].gradients_pending:
+        raise TrainingLoopError(
+            "param.grad is read after a backward, but gradients are consumed inside the step and never "
+            "kept there; to clip, give max_grad_norm= to lohan_fx.AdamW instead of calling "
+            "clip_grad_norm_"
+        )
+
+
 def _read_all(value: Any) -> Any:
     if isinstance(value, GuardedParameter):
         found = owner_of(value)
@@ -158,7 +226,11 @@ def _read_all(value: Any) -> Any:
                 "model.state_dict() from before model.close()"
             )
         owner, pid = found
-        return owner.read(pid).to(value.device)
+        present = owner.read(pid).to(value.device)
+        if torch.is_grad_enabled() and value.requires_grad:
+            anchor = torch.empty(0, device=value.device, requires_grad=True)
+            present = _NoGradient.apply(present, anchor)  # type: ignore[no-untyped-call]
+        return present
     if isinstance(value, dict):
         return {key: _read_all(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -280,7 +352,4 @@ def _zero_byte(value: torch.Tensor, dtype: torch.dtype, device: torch.device) ->
 
 def _refuse_hooks(name: str, param: torch.nn.Parameter) -> None:
     if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
-        raise LohanError(
-            f"parameter {name!r} has gradient hooks; gradients are consumed inside the step and never "
-            "reach param.grad, so they would not run. Remove them before lohan_fx.compile"
-        )
+        raise LohanError(f"parameter {name!r} has gradient hooks: {_NO_HOOKS}")

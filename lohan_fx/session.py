@@ -1,8 +1,12 @@
 """The session behind one compiled model: parameters, plan, programs and runtime, and their order.
 
 A session goes one way: parameters are taken over at once; the first captured step brings the plan and
-the runtime; values move into their tiers when that step first runs; further input shapes add programs
-under the same placements.
+the runtime; values move into their tiers when that step first runs. Further input shapes add
+programs, under the same placements if those can work.
+
+[Note: a program has its placements] Windows are sized, and weights waited for, by one plan. Where the
+next program to run has another plan, values and windows move first. Nothing moves before a capture
+is complete: it happens under Dynamo's fake tensors, and may fail.
 """
 
 from __future__ import annotations
@@ -55,6 +59,10 @@ from .runtime import Runtime, RuntimeOptions, RuntimeStats
 
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
 CUDA_MARGIN_BYTES = 160 * 2**20
+CUDA_MARGIN_SHARE = 50
+
+# Sets of input shapes that one model may be called with; each is compiled and planned by itself.
+MAX_PROGRAMS = 64
 
 Policy = str | Callable[[Problem, Forced], Solution]
 
@@ -85,10 +93,20 @@ class Settings:
 class Captured:
     """One program with what it was made from; skeletons come as AOTAutograd lowers them."""
 
+    training: bool
+    plan: Plan
+    solution: Solution
+    placements: tuple[BucketPlacement, ...]
+    options: RuntimeOptions
     woven: Woven | None = None
-    plan: Plan | None = None
-    solution: Solution | None = None
     skeletons: dict[str, Skeleton] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """False for a capture under way, or one that failed."""
+        return {"forward", "backward"} <= self.skeletons.keys() or (
+            not self.training and "forward" in self.skeletons
+        )
 
 
 class Session:
@@ -102,13 +120,13 @@ class Session:
         self.lowering = settings.lowering
         self.runtime: Runtime | None = None
         self.buckets: tuple[Bucket, ...] = ()
-        self.placements: tuple[BucketPlacement, ...] = ()
         self.captured: list[Captured] = []
         self.seconds: dict[str, float] = {}  # spent before steps could run, by what on
         self._optimizer: weakref.ref[Adam] | None = None
         self._pending_state: dict[int, Mapping[str, Any]] = {}
+        self._placed: Captured | None = None  # whose placements and windows are in force
+        self._known: set[int] = set()  # programs that the runtime has
         self._adopted = False
-        self._placed_options: RuntimeOptions | None = None
         self._closed = False
         self.params = ManagedParams(model, self, device=settings.device, dtype=dtype)
         self._requires_grad = [stub.requires_grad for stub in self.params.stubs]
@@ -116,11 +134,13 @@ class Session:
             pid for pid, required in enumerate(self._requires_grad) if required
         )
         _move_buffers(model, settings.device)
-        self._step = _own_code(model)
         self._backend = Backend(self)
-        self._compiled = torch.compile(
-            self._step, backend=self._backend.weakly(), fullgraph=True, dynamic=False
-        )
+        # By whether gradients are on: what evaluation compiled can be dropped by itself.
+        self._steps = {mode: _own_code(model) for mode in (True, False)}
+        self._compiled = {
+            mode: torch.compile(step, backend=self._backend.weakly(), fullgraph=True, dynamic=False)
+            for mode, step in self._steps.items()
+        }
 
     # What params.Owner, the optimizer and the compiler's Host ask for.
 
@@ -136,7 +156,7 @@ class Session:
         self._check_open()
         if self.runtime is not None and self._adopted:
             return self.runtime.weight(pid)
-        return self.params.values[pid].to("cpu", self.params.stubs[pid].dtype)
+        return self.params.values[pid].to("cpu", self.params.stubs[pid].dtype, copy=True)
 
     def attach(self, optimizer: Adam) -> None:
         present = None if self._optimizer is None else self._optimizer()
@@ -155,10 +175,9 @@ class Session:
                 "them with requires_grad_(False) before lohan_fx.compile"
             )
         self._check_clipping(optimizer)
-        if self.runtime is not None:
-            self.runtime.attach(optimizer)
-            if self._adopted and self._optimizer is not None and present is None:
-                self.runtime.reset_moments()
+        replaces = self._optimizer is not None and present is None
+        if replaces and self.runtime is not None and self._adopted:
+            self.runtime.reset_moments()
         self._optimizer = weakref.ref(optimizer)
 
     def step(self) -> None:
@@ -169,6 +188,11 @@ class Session:
     def discard_gradients(self) -> None:
         if self.runtime is not None:
             self.runtime.discard_gradients()
+
+    @property
+    def gradients_pending(self) -> bool:
+        """True between a backward and its step()."""
+        return self.runtime is not None and self.runtime.gradients_pending
 
     @property
     def last_grad_norm(self) -> float | None:
@@ -192,6 +216,13 @@ class Session:
         """Set what `optimizer_state` gives; kept until the first step where nothing is placed yet."""
         if not state:
             return
+        for name, value in state.items():
+            shape = self.params.stubs[pid].shape
+            if name != "step" and value.shape != shape:
+                raise LohanError(
+                    f"{name} of {self.names[pid]} has shape {tuple(value.shape)}, its parameter "
+                    f"{tuple(shape)}; this optimizer state is of another model"
+                )
         if self.runtime is None or not self._adopted:
             self._pending_state[pid] = dict(state)
             return
@@ -219,28 +250,27 @@ class Session:
             fused=settings.lowering == "inductor",
             margin_bytes=self._margin_bytes(),
         )
-        solution = self._solve(problem)
-        plan = self._plan(problem, solution, traced)
-        self.captured.append(Captured(plan=plan, solution=solution))
-        index = len(self.captured) - 1
-        placements = tuple(_placement(place) for place in solution.buckets)
-        options = self._options(solution, overlap)
-        if settings.plan_only:
-            pass  # the graphs are still rewritten, for the plan's schedule
-        elif self.runtime is None:
+        solution = self._solve(problem, traced.training)
+        captured = Captured(
+            training=traced.training,
+            plan=self._plan(problem, solution, traced),
+            solution=solution,
+            placements=tuple(_placement(place) for place in solution.buckets),
+            options=self._options(solution, overlap),
+        )
+        self._share_windows(captured)
+        index = len(self.captured)
+        self.captured.append(captured)
+        # A plan alone needs no runtime; the graphs are still rewritten, for its schedule.
+        if self.runtime is None and not settings.plan_only:
             self.runtime = Runtime(
                 settings.device,
                 gpu_bytes=settings.capacities.gpu_bytes,
                 dram_bytes=settings.capacities.dram_bytes,
                 ssd=tuple((str(path), capacity) for path, capacity in settings.budget.ssd or ()),
-                options=options,
+                options=captured.options,
             )
-            optimizer = None if self._optimizer is None else self._optimizer()
-            if optimizer is not None:
-                self.runtime.attach(optimizer)
-        elif placements != self.placements or options != self._placed_options:
-            self.runtime.place(placements, options)
-        self.placements, self._placed_options = placements, options
+        placements = captured.placements
         windows = solution.windows
         return Decision(
             number=0 if self.runtime is None else self.runtime.number,
@@ -273,15 +303,12 @@ class Session:
         program = woven.program
         captured = self.captured[program.index]
         captured.woven = woven
-        if captured.plan is not None:
-            passes = (("forward", program.forward), ("backward", program.backward))
-            captured.plan = captured.plan.with_schedule(
-                PlanMove(name, move.op, move.arg) for name, moves in passes for move in moves
-            )
+        passes = (("forward", program.forward), ("backward", program.backward))
+        captured.plan = captured.plan.with_schedule(
+            PlanMove(name, move.op, move.arg) for name, moves in passes for move in moves
+        )
         if self.settings.plan_only:
             raise PlanReady("planned")
-        assert self.runtime is not None
-        self.runtime.add_program(program)
 
     def keep(self, index: int, part: str, skeleton: Skeleton) -> None:
         self.captured[index].skeletons[part] = skeleton
@@ -296,21 +323,42 @@ class Session:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
     def prepare(self, index: int) -> None:
-        """Move the values into their tiers before the first captured step runs."""
-        assert self.runtime is not None
-        if self._adopted:
-            return
-        with self.timed("place"):
-            self.runtime.adopt(
-                self.buckets,
-                dict(enumerate(self.params.stubs)),
-                self.params.values,
-                self.placements,
-            )
-        self._adopted = True
-        for pid, state in self._pending_state.items():
-            self.set_optimizer_state(pid, state)
-        self._pending_state.clear()
+        """Before a program runs: its values in their tiers, its windows, its optimizer.
+
+        See [Note: a program has its placements].
+        """
+        runtime, captured = self.runtime, self.captured[index]
+        assert runtime is not None and captured.woven is not None
+        if index not in self._known:
+            runtime.add_program(captured.woven.program)
+            self._known.add(index)
+        if not self._adopted:
+            with self.timed("place"):
+                runtime.place(captured.placements, captured.options)
+                runtime.adopt(
+                    self.buckets,
+                    dict(enumerate(self.params.stubs)),
+                    self.params.values,
+                    captured.placements,
+                )
+            self._adopted, self._placed = True, captured
+            for pid, state in self._pending_state.items():
+                self.set_optimizer_state(pid, state)
+            self._pending_state.clear()
+        elif self._placed is None or not _same_places(captured, self._placed):
+            with self.timed("place again"):
+                placed, self._placed = self._placed, None
+                runtime.place(captured.placements, captured.options)
+                self._placed = captured
+            if captured.training and (placed is None or placed.placements != captured.placements):
+                self._forget_evaluation()
+        optimizer = self._optimizer_now()
+        if captured.training and optimizer is not None:
+            runtime.attach(optimizer)
+
+    def _forget_evaluation(self) -> None:
+        """Let evaluation be captured anew, under the placements that training has."""
+        torch._dynamo.reset_code(self._steps[False].__code__)
 
     # Calls.
 
@@ -335,7 +383,7 @@ class Session:
             )
         try:
             with self.params.exposed(), compiler_settings():
-                return self._compiled(*args, **kwargs)
+                return self._compiled[torch.is_grad_enabled()](*args, **kwargs)
         except Exception as error:
             self._undo_call()
             explained = _explained(error)
@@ -351,8 +399,15 @@ class Session:
         return None if self.runtime is None else self.runtime.stats()
 
     def write(self, pid: int, value: torch.Tensor) -> None:
-        """Set a parameter's value (the master's, where there is one)."""
+        """Set a parameter's value (the master's, where there is one).
+
+        A 16-bit value that the parameter has already leaves its more exact master as it is, so that
+        the order in which a checkpoint's model and optimizer are loaded does not matter.
+        """
         self._check_open()
+        itself = value.dtype == self.params.stubs[pid].dtype and value.dtype.itemsize == 2
+        if itself and torch.equal(self.read(pid), value.cpu()):
+            return
         if self.runtime is not None and self._adopted:
             self.runtime.set_master(pid, value)
         else:
@@ -362,7 +417,7 @@ class Session:
         """Give back memory and files. The model's parameters are gone with it."""
         if not self._closed:
             self._closed = True
-            torch._dynamo.reset_code(self._step.__code__)
+            self._reset_code()
             if self.runtime is not None:
                 self.runtime.close()
             self.params.disown()
@@ -371,16 +426,24 @@ class Session:
     # Internals.
 
     def _undo_call(self) -> None:
-        """After a failed call: drop what its pass holds, and a capture that holds no values yet."""
+        """After a failed call: drop what its pass holds, what was captured in part, and a runtime
+        that holds no values yet."""
         if self.runtime is None:
             return
         self.runtime.abort()
+        while self.captured and not self.captured[-1].complete:
+            self.captured.pop()
         if not self._adopted:
             self.runtime.close()
             self.runtime = None
             self.captured.clear()
-            self.buckets, self.placements = (), ()
-            torch._dynamo.reset_code(self._step.__code__)  # it holds the runtime's number
+            self._known.clear()
+            self.buckets = ()
+            self._reset_code()  # it holds the runtime's number
+
+    def _reset_code(self) -> None:
+        for step in self._steps.values():
+            torch._dynamo.reset_code(step.__code__)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -411,7 +474,7 @@ class Session:
     def _margin_bytes(self) -> int:
         if self.device.type != "cuda":
             return 0
-        return CUDA_MARGIN_BYTES
+        return CUDA_MARGIN_BYTES + self.settings.capacities.gpu_bytes // CUDA_MARGIN_SHARE
 
     def _make_buckets(self, traced: Traced) -> tuple[Bucket, ...]:
         infos = [
@@ -433,19 +496,21 @@ class Session:
         numel = self.settings.bucket_numel or bucket_numel_for(sum(info.numel for info in infos))
         return make_buckets(infos, uses, names, numel)
 
-    def _solve(self, problem: Problem) -> Solution:
+    def _solve(self, problem: Problem, training: bool) -> Solution:
         settings = self.settings
         replayed = None
         if settings.plan is not None and not self._adopted:
             solution = replayed = settings.plan.solution_for(problem)
         else:
             forced = Forced()
-            if self._adopted:
-                # Another input shape: leave the parameters where they are if that can work.
+            placed = self._placed
+            if placed is not None and (placed.training or not training):
+                # Another input shape: leave the parameters where they are if that can work. The
+                # first training step does not: evaluation alone places them without activations.
                 forced = Forced(
                     buckets={
                         i: BucketPlace(Place(str(p.weight)), Place(str(p.state)))
-                        for i, p in enumerate(self.placements)
+                        for i, p in enumerate(placed.placements)
                     }
                 )
             try:
@@ -468,6 +533,16 @@ class Session:
         if callable(policy):
             return policy(problem, forced)
         return solve(problem, policy=policy, forced=forced)
+
+    def _share_windows(self, captured: Captured) -> None:
+        """Use the windows in force for evaluation: it has no gradients, and its weights fit them."""
+        placed = self._placed
+        if (
+            placed is not None
+            and not captured.training
+            and placed.placements == captured.placements
+        ):
+            captured.options = placed.options
 
     def _options(self, solution: Solution, overlap: Overlap) -> RuntimeOptions:
         windows = solution.windows
@@ -543,7 +618,7 @@ def tensor_rows(buckets: Sequence[Bucket], traced: Traced) -> list[TensorRow]:
 
 @contextmanager
 def compiler_settings() -> Iterator[None]:
-    """Dynamo settings under which real models trace whole: transformers' log lines are left out."""
+    """Dynamo settings for whole steps: transformers' log lines are left out, shapes may be many."""
     ignored = set(torch._dynamo.config.ignore_logging_functions)
     hf_logging = sys.modules.get("transformers.utils.logging")
     if hf_logging is not None:
@@ -552,7 +627,10 @@ def compiler_settings() -> Iterator[None]:
             ignored.add(getattr(logger, name, None))
         ignored.add(getattr(hf_logging, "warning_once", None))
         ignored.discard(None)
-    with torch._dynamo.config.patch(ignore_logging_functions=_Functions(ignored)):
+    with torch._dynamo.config.patch(
+        ignore_logging_functions=_Functions(ignored),
+        recompile_limit=max(MAX_PROGRAMS, torch._dynamo.config.recompile_limit),
+    ):
         yield
 
 
@@ -571,6 +649,10 @@ class _Functions(str):
 
     def __contains__(self, item: object) -> bool:
         return item in self._members
+
+
+def _same_places(one: Captured, other: Captured) -> bool:
+    return one.placements == other.placements and one.options == other.options
 
 
 def _own_code(model: torch.nn.Module) -> Callable[..., Any]:
@@ -631,6 +713,11 @@ def _explained(error: Exception) -> Exception:
     inner = unwrap(error)
     if isinstance(inner, LohanError):
         return inner
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        return CaptureError(
+            f"the model has been called with more than {MAX_PROGRAMS} sets of input shapes (or of other "
+            "arguments), each of which is compiled by itself; pad inputs to a few lengths"
+        )
     if isinstance(error, torch._dynamo.exc.Unsupported):
         line = graph_break_line(error)
         first = str(error).strip().splitlines()[0]

@@ -60,6 +60,7 @@ class Traced:
     joint: Joint
     stages: tuple[StageInfo, ...]
     candidates: tuple[Candidate, ...]
+    training: bool  # False: a forward alone
 
 
 class Host(Protocol):
@@ -116,19 +117,27 @@ class Backend:
         context = torch._guards.TracingContext.try_get()
         assert context is not None and context.fake_mode is not None
         step = _Step(host, self._compiler, param_index, context.fake_mode)
-        compiled = aot_autograd(
-            partition_fn=step.partition,
-            fw_compiler=step.compile_forward,
-            bw_compiler=step.compile_backward,
-            inference_compiler=step.compile_inference,
-            decompositions=select_decomp_table() if host.lowering == "inductor" else {},
-            keep_inference_input_mutations=True,
-        )(module, example_inputs)
+        # Both passes are compiled before the first step fills the memory.
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+            compiled = aot_autograd(
+                partition_fn=step.partition,
+                fw_compiler=step.compile_forward,
+                bw_compiler=step.compile_backward,
+                inference_compiler=step.compile_inference,
+                decompositions=select_decomp_table() if host.lowering == "inductor" else {},
+                keep_inference_input_mutations=True,
+            )(module, example_inputs)
         return compiled  # type: ignore[no-any-return]
 
     def _check_inputs(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         placeholders = module.graph.find_nodes(op="placeholder")
         for node, value in zip(placeholders, example_inputs, strict=False):
+            if isinstance(value, torch.nn.Parameter) and self._host.owns(value) is None:
+                raise CaptureError(
+                    f"{_source_name(node)}, a Parameter of shape {tuple(value.shape)}, was replaced or "
+                    "added after lohan_fx.compile; set values with load_state_dict, add parameters "
+                    "before compiling"
+                )
             if isinstance(value, torch.SymInt | torch.SymFloat):
                 raise CaptureError(
                     f"input {node.name!r} has a symbolic size; call with fixed shapes"
@@ -136,13 +145,7 @@ class Backend:
             if not isinstance(value, torch.Tensor) or value.dim() == 0:
                 continue
             if value.device.type != self._host.device.type:
-                source = node.meta.get("grapharg")
-                name = (
-                    source.source.name()
-                    if source is not None and callable(getattr(source.source, "name", None))
-                    else node.name
-                )
-                raise misplaced_input(name, value, self._host.device)
+                raise misplaced_input(_source_name(node), value, self._host.device)
 
 
 class _Step:
@@ -185,7 +188,7 @@ class _Step:
         with host.timed("find candidates"):
             candidates = tuple(find_candidates(joint))
         with host.timed("plan"):
-            decision = host.decide(Traced(joint, stages, candidates))
+            decision = host.decide(Traced(joint, stages, candidates, training=True))
         saved = [node for c in candidates if c.index in decision.saved for node in c.nodes]
         with host.timed("split"):
             forward, backward = split(joint, saved)
@@ -233,7 +236,7 @@ class _Step:
             param_of=self._params(module.graph),
             options={},
         )
-        decision = self._host.decide(Traced(joint, stages, ()))
+        decision = self._host.decide(Traced(joint, stages, (), training=False))
         woven = weave_inference(
             module,
             index=decision.index,
@@ -311,6 +314,13 @@ def inherit_stages(backward: fx.Graph) -> None:
         stages = [user.meta["lohan_stage"] for user in node.users if "lohan_stage" in user.meta]
         if stages:
             node.meta["lohan_stage"] = max(stages)
+
+
+def _source_name(node: fx.Node) -> str:
+    """What the user calls an input of the captured graph, where Dynamo knows."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", None)
+    return str(name() if callable(name) else name or node.name)
 
 
 def misplaced_input(name: str, value: torch.Tensor, device: torch.device) -> CaptureError:

@@ -137,6 +137,7 @@ def _bucket_items(
         pids = [spec.pid for spec in bucket.params]
         final = [grad_stage[pid] for pid in pids if pid in grad_stage]
         itemsize = program_types.DTYPE_BYTES[bucket.dtype]
+        forward_stages = _stages_of(pids, reads[False])
         items.append(
             BucketItem(
                 index=bucket.index,
@@ -146,9 +147,11 @@ def _bucket_items(
                 grad_bytes=bucket.numel * itemsize if bucket.trainable else 0,
                 state_bytes=bucket.state_bytes,
                 has_master=bucket.has_master,
-                forward_stages=_stages_of(pids, reads[False]),
+                forward_stages=forward_stages,
                 backward_stages=_stages_of(pids, reads[True]),
-                grad_stage=min(final, default=0) if bucket.trainable else None,
+                # A forward alone has no gradients; buffers for them are there all the same, so it
+                # is planned as if they came where the bucket is read.
+                grad_stage=min(final or forward_stages, default=0) if bucket.trainable else None,
             )
         )
     return tuple(items)

@@ -388,6 +388,11 @@ class Runtime:
             self._updates.discard()
 
     @property
+    def gradients_pending(self) -> bool:
+        """True between a backward and its step()."""
+        return self._parts.windows is not None and self._updates.pending
+
+    @property
     def last_grad_norm(self) -> float | None:
         """Global norm before clipping of the last step; None before one, or without clipping."""
         return None if self._parts.windows is None else self._updates.last_grad_norm
@@ -543,6 +548,9 @@ class Runtime:
     def _begin_training(self, program: Program) -> None:
         if self._hyper is None:
             raise TrainingLoopError(_CREATE_OPTIMIZER)
+        if self._live is not None:
+            _finish_failed_backward()
+            self._recover()
         if self._live is not None:
             raise TrainingLoopError(_LIVE_FORWARD)
         if program.index not in self._checked:
@@ -713,3 +721,9 @@ class Runtime:
                     yield ("fetch", move.arg), _BucketSource(home, windows.updates)
             elif move.op == "reload":
                 yield ("reload", move.arg), windows.slots.source(move.arg)
+
+
+def _finish_failed_backward() -> None:
+    """Let autograd drop what is left of a backward that raised: it keeps that until the next one."""
+    with torch.enable_grad():
+        torch.zeros((), requires_grad=True).clone().backward()  # type: ignore[no-untyped-call]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lohan_fx import native
-from lohan_fx.errors import LohanError, TransferError
+from lohan_fx.errors import LohanError, TrainingLoopError, TransferError
 from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, ParamSpec, Program, Tier
 
@@ -428,14 +428,22 @@ class Updates:
 
         Raises:
             TransferError: in serial mode, an update failed.
+            TrainingLoopError: hyperparameters changed after they were used.
         """
         if not self.pending:
             return
         assert self._plan is not None
-        self.pending = False
         if not self._overlap.waits_for_step:
+            if self._hyper.groups() != self._groups:
+                raise TrainingLoopError(
+                    "the optimizer's hyperparameters changed between backward and step, but "
+                    f'overlap="{self._overlap}" has updated with the old ones during the backward; '
+                    'change them after step(), or compile with overlap="next-forward"'
+                )
+            self.pending = False
             self.step_count += 1
             return
+        self.pending = False
         scale = self._clip_factor()
         self._groups = self._hyper.groups()
         self.step_count += 1
