@@ -149,7 +149,7 @@ def main() -> None:
     data = batches(args.steps, args.batch, args.seq)
     dtype = torch.float32 if args.exact else torch.bfloat16
     lowering = "aten" if args.exact else "inductor"
-    gpu, dram = (800, 700) if device.type == "cuda" else (30, 26)
+    gpu, dram = (1000, 700) if device.type == "cuda" else (30, 26)
     if args.exact:
         gpu, dram = 2 * gpu, 2 * dram
     with tempfile.TemporaryDirectory() as folder:
