@@ -31,6 +31,8 @@ class CompiledModel(torch.nn.Module):
 
     _lohan: Session
 
+    # An outer torch.compile breaks its graph here; what is compiled inside has a backend of its own.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._lohan.call(args, kwargs)
 

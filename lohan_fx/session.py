@@ -381,12 +381,16 @@ class Session:
                 "lohan_fx.AdamW(model.parameters(), ...) before the first forward, or run the "
                 "forward under torch.no_grad()"
             )
+        if trains:
+            _refuse_autograd_modes()
         try:
             with self.params.exposed(), compiler_settings():
                 return self._compiled[torch.is_grad_enabled()](*args, **kwargs)
         except Exception as error:
             self._undo_call()
             explained = _explained(error)
+            if isinstance(explained, _LeftToEager):
+                self._reset_code()  # Dynamo may have marked it to be skipped for good
             if not isinstance(explained, LohanError):
                 explained = _misplaced(error, args, kwargs, self.device)
             if explained is error:
@@ -655,6 +659,17 @@ def _same_places(one: Captured, other: Captured) -> bool:
     return one.placements == other.placements and one.options == other.options
 
 
+class _LeftToEager(CaptureError):
+    """The compiled call ran as plain Python; nothing has been read yet."""
+
+
+_NOT_COMPILED = (
+    "torch.compile left this call to eager PyTorch, where parameters have no bytes: it is switched off "
+    "(TORCHDYNAMO_DISABLE, torch.compiler.set_stance) or a TorchDispatchMode such as FlopCounterMode is "
+    "active; leave that for the forward"
+)
+
+
 def _own_code(model: torch.nn.Module) -> Callable[..., Any]:
     """The model's call, hooks included, as a function whose code no other model shares.
 
@@ -662,6 +677,8 @@ def _own_code(model: torch.nn.Module) -> Callable[..., Any]:
     """
 
     def step(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():  # eager kernels would read parameters without bytes
+            raise _LeftToEager(_NOT_COMPILED)
         return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     step.__code__ = step.__code__.replace(co_name=f"step_of_{type(model).__name__}")
@@ -694,6 +711,21 @@ def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
                     module._buffers[name] = torch.empty_like(buffer, device=device)
                 else:
                     module._buffers[name] = buffer.to(device)
+
+
+def _refuse_autograd_modes() -> None:
+    """Raise TrainingLoopError under a mode of autograd that would take the step apart."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise TrainingLoopError(
+            "saved-tensor hooks (save_on_cpu, saved_tensors_hooks) are active around the forward; the "
+            "plan already decides where each saved tensor goes, so leave that context"
+        )
+    compiled = torch._dynamo.compiled_autograd.compiled_autograd_enabled
+    if compiled or torch._dynamo.config.compiled_autograd:
+        raise TrainingLoopError(
+            "compiled autograd would trace the planned backward anew and lose its order; turn it off "
+            "(torch._dynamo.config.compiled_autograd = False) for this model"
+        )
 
 
 def _misplaced(

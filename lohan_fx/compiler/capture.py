@@ -109,6 +109,7 @@ class Backend:
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         host = self._host
         self._check_inputs(module, example_inputs)
+        self._check_nodes(module)
         param_index = {
             position: pid
             for position, value in enumerate(example_inputs)
@@ -128,6 +129,15 @@ class Backend:
                 keep_inference_input_mutations=True,
             )(module, example_inputs)
         return compiled  # type: ignore[no-any-return]
+
+    def _check_nodes(self, module: fx.GraphModule) -> None:
+        """Refuse regions that would be partitioned and compiled apart from the step."""
+        for node in module.graph.nodes:
+            if getattr(node.target, "__name__", "") == "invoke_subgraph":
+                raise CaptureError(
+                    "the model uses torch.compiler.nested_compile_region, which hides its tensors from "
+                    "the plan; remove it (repeated blocks are compiled once anyway)"
+                )
 
     def _check_inputs(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         placeholders = module.graph.find_nodes(op="placeholder")

@@ -17,6 +17,7 @@ from lohan_fx import program as program_types
 from lohan_fx.hardware import Hardware
 from lohan_fx.planner import Activation, Capacities, Overlap, Problem, Stage
 from lohan_fx.planner import Bucket as BucketItem
+from lohan_fx.planner.problem import PAGE, align_up
 
 from .partition import Candidate, Joint, backward_nodes, param_derived, recompute_closure
 from .stages import StageInfo, node_bytes, node_flops
@@ -189,7 +190,7 @@ def _activations(
             Activation(
                 index=candidate.index,
                 name=candidate.name,
-                bytes=candidate.nbytes,
+                bytes=_resting_bytes(candidate),
                 forward_stage=own,
                 last_forward_stage=forward_last,
                 first_backward_stage=max(backward_reads | {own}),
@@ -205,6 +206,14 @@ def _activations(
             )
         )
     return items
+
+
+def _resting_bytes(candidate: Candidate) -> int:
+    """Bytes of the candidate where it is kept: each of its results but one on pages of its own."""
+    sizes = [
+        storage_span_bytes(t) for node in candidate.nodes if (t := tensor_of(node)) is not None
+    ]
+    return candidate.nbytes - sum(sizes[1:]) + sum(align_up(size, PAGE) for size in sizes[1:])
 
 
 def _boundary_bytes(joint: Joint, saved_roots: set[fx.Node]) -> tuple[int, int]:
