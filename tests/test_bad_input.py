@@ -292,6 +292,20 @@ def test_freezing_a_parameter_that_the_loss_does_not_depend_on_works(tmp_path: P
     model.close()
 
 
+def test_a_sparse_gradient_is_refused_by_its_parameters_name(tmp_path: Path) -> None:
+    class Sparse(Linear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 4, sparse=True)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.inner(self.embed(ids)).square().mean()
+
+    model = compiled(Sparse(), tmp_path)
+    words = r"gradient of 'embed\.weight' is sparse"
+    refused(model, {"ids": torch.tensor([1, 2])}, tmp_path, CaptureError, words, Sparse())
+
+
 def test_an_input_on_another_device_is_named(tmp_path: Path) -> None:
     model = compiled(MLP.build(), tmp_path)
     batch = MLP.batch(0)

@@ -24,7 +24,7 @@ from loops import (
 )
 from torch import nn
 from torch.nn import functional
-from training import CASES, gpt2, llama, loss_of
+from training import CASES, RandomPolicy, gpt2, llama, loss_of
 
 import lohan_fx
 from lohan_fx.errors import CaptureError, LohanError, TrainingLoopError
@@ -175,6 +175,89 @@ def test_autocast_in_the_loop_agrees_with_plain(tmp_path: Path) -> None:
             opt.zero_grad()
             losses.append(loss.item())
         assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    ours.close()
+
+
+class OddParameters(nn.Module):
+    """A scalar, an empty one, a transposed one, int8 that is frozen, and weight normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.turned = nn.Parameter(torch.randn(6, 4).t())
+        self.table = nn.Parameter(torch.randint(-8, 8, (6, 6)).to(torch.int8), requires_grad=False)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.turned @ (self.table.float() / 8)
+        return (self.normed(y) * self.scalar).square().mean() + self.empty.sum()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_parameters_of_odd_shapes_strides_and_dtypes(seed: int, tmp_path: Path) -> None:
+    ours, theirs = compiled(OddParameters(), tmp_path, policy=RandomPolicy(seed)), OddParameters()
+    optimizer = lohan_fx.AdamW(ours.parameters())
+    trainable = [p for p in theirs.parameters() if p.requires_grad]
+    reference = torch.optim.AdamW(trainable, foreach=False)
+    batches = [
+        {"x": torch.randn(3, 4, generator=torch.Generator().manual_seed(i))} for i in range(3)
+    ]
+    assert_losses(steps(ours, optimizer, batches), steps(theirs, reference, batches))
+    assert_same(ours, theirs)
+    ours.close()
+
+
+class ManyResults(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, flag: bool = False, scale: float = 1.0) -> dict[str, Any]:
+        y = self.first(x)
+        z = self.second(y) * (2 if flag else 1)
+        return {"a": y.mean(), "b": (z.square().mean() * scale, z), "none": None, "text": "t"}
+
+
+def test_results_in_a_tree_and_arguments_that_are_no_tensors(tmp_path: Path) -> None:
+    ours, theirs = compiled(ManyResults(), tmp_path), ManyResults()
+    optimizer, reference = lohan_fx.AdamW(ours.parameters()), plain_adamw(theirs)
+    for index in range(4):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(index))
+        losses = []
+        for model, opt in ((ours, optimizer), (theirs, reference)):
+            found = model(x, flag=index == 1, scale=1.0 + index // 2)
+            assert (found["none"], found["text"]) == (None, "t")
+            loss = found["a"] + found["b"][0] + found["b"][1].sum()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_same(ours, theirs)
+    ours.close()
+
+
+def test_an_input_gets_its_gradient(tmp_path: Path) -> None:
+    ours, theirs = compiled(MLP.build(), tmp_path), MLP.build()
+    optimizer = lohan_fx.AdamW(ours.parameters())
+    grads = []
+    for model in (ours, theirs):
+        batch = MLP.batch(0)
+        batch["x"].requires_grad_()
+        model(**batch).backward()
+        grads.append(batch["x"].grad)
+    torch.testing.assert_close(*grads)
+    optimizer.step()
+    ours.close()
+
+
+def test_a_model_that_is_all_frozen_only_streams(tmp_path: Path) -> None:
+    ours = compiled(Tiny().requires_grad_(False), tmp_path, "gpu=160kB, dram=110kB")
+    torch.testing.assert_close(ours(**tokens(0)), Tiny()(**tokens(0)), check_stride=False)
+    assert {t.cls for t in ours.plan.tensors} == {"master32"}
     ours.close()
 
 

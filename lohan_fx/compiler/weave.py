@@ -525,6 +525,12 @@ def _gradients(
     for position, pid in _gradient_positions(graph, param_index).items():
         node = outputs[position]
         if isinstance(node, fx.Node):
+            value = tensor_of(node)
+            if value is not None and value.layout is not torch.strided:
+                raise CaptureError(
+                    f"the gradient of {names[pid]!r} is sparse, which Adam does not take; make it dense "
+                    "(sparse=False on the embedding)"
+                )
             found[pid] = node
     missing = sorted(names[pid] for pid in trainable - found.keys())
     if missing:
