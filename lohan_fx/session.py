@@ -11,38 +11,35 @@ is complete: it happens under Dynamo's fake tensors, and may fail.
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from .budget import Budget
 from .compiler.buckets import ParamInfo, bucket_numel_for, first_uses, make_buckets
-from .compiler.capture import (
-    Backend,
-    Decision,
-    Traced,
-    graph_break_line,
-    misplaced_input,
-    owned,
-    unwrap,
+from .compiler.capture import Backend, Decision, Traced, owned
+from .compiler.dynamo import (
+    LeftToEager,
+    compiler_settings,
+    explained,
+    misplaced,
+    own_code,
+    refuse_autograd_modes,
 )
 from .compiler.formulate import formulate_training
 from .compiler.skeleton import Skeleton
-from .compiler.values import dtype_name, tensor_of
+from .compiler.tensors import num_tokens, tensor_rows
 from .compiler.weave import Layout, Windows, Woven
-from .errors import CaptureError, LohanError, PlanMismatch, TrainingLoopError
+from .errors import LohanError, PlanMismatch, TrainingLoopError
 from .hardware import Hardware
 from .optim import Adam
 from .params import ManagedParams
-from .plan import Plan, PlanMove, TensorRow, build_plan
+from .plan import Plan, PlanMove, build_plan
 from .planner import (
     BucketPlace,
     Capacities,
@@ -60,9 +57,6 @@ from .runtime import Runtime, RuntimeOptions, RuntimeStats
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
 CUDA_MARGIN_BYTES = 160 * 2**20
 CUDA_MARGIN_SHARE = 50
-
-# Sets of input shapes that one model may be called with; each is compiled and planned by itself.
-MAX_PROGRAMS = 64
 
 Policy = str | Callable[[Problem, Forced], Solution]
 
@@ -136,7 +130,7 @@ class Session:
         _move_buffers(model, settings.device)
         self._backend = Backend(self)
         # By whether gradients are on: what evaluation compiled can be dropped by itself.
-        self._steps = {mode: _own_code(model) for mode in (True, False)}
+        self._steps = {mode: own_code(model) for mode in (True, False)}
         self._compiled = {
             mode: torch.compile(step, backend=self._backend.weakly(), fullgraph=True, dynamic=False)
             for mode, step in self._steps.items()
@@ -382,21 +376,21 @@ class Session:
                 "forward under torch.no_grad()"
             )
         if trains:
-            _refuse_autograd_modes()
+            refuse_autograd_modes()
         try:
             with self.params.exposed(), compiler_settings():
                 return self._compiled[torch.is_grad_enabled()](*args, **kwargs)
         except Exception as error:
             self._undo_call()
-            explained = _explained(error)
-            if isinstance(explained, _LeftToEager):
+            shown = explained(error)
+            if isinstance(shown, LeftToEager):
                 self._reset_code()  # Dynamo may have marked it to be skipped for good
-            if not isinstance(explained, LohanError):
-                explained = _misplaced(error, args, kwargs, self.device)
-            if explained is error:
+            if not isinstance(shown, LohanError):
+                shown = misplaced(error, args, kwargs, self.device)
+            if shown is error:
                 raise
             # What Dynamo wraps around it, and its frames, say nothing more.
-            raise explained.with_traceback(None) from None
+            raise shown.with_traceback(None) from None
 
     def stats(self) -> RuntimeStats | None:
         """What the runtime has counted; None before there is one."""
@@ -571,131 +565,13 @@ class Session:
             budget=str(settings.budget),
             policy=policy,
             tensors=tensor_rows(self.buckets, traced),
-            tokens_per_step=_num_tokens(traced),
+            tokens_per_step=num_tokens(traced),
             traced_on=str(self.device.type),
         )
 
 
-def tensor_rows(buckets: Sequence[Bucket], traced: Traced) -> list[TensorRow]:
-    """One row per tensor that the plan places, parameters first."""
-    rows = []
-    layers = [stage.name for stage in traced.stages]
-    for bucket in buckets:
-        layer = bucket.name.split(":")[0]
-        for spec in bucket.params:
-            classes = [("weight16" if bucket.dtype != "float32" else "master32", bucket.dtype, 1)]
-            if bucket.has_master:
-                classes.append(("master32", "float32", 1))
-            if bucket.trainable:
-                classes += [("moments32", "float32", 2), ("gradient", bucket.dtype, 1)]
-            for cls, dtype, copies in classes:
-                itemsize = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-                rows.append(
-                    TensorRow(
-                        name=spec.name,
-                        cls=cls,
-                        layer=layer,
-                        shape=spec.shape if copies == 1 else (copies, *spec.shape),
-                        dtype=dtype,
-                        bytes=math.prod(spec.shape) * itemsize * copies,
-                        bucket=bucket.index,
-                    )
-                )
-    for candidate in traced.candidates:
-        for node in candidate.nodes:
-            value = tensor_of(node)
-            if value is None:
-                continue
-            rows.append(
-                TensorRow(
-                    name=node.name,
-                    cls="activation",
-                    layer=layers[node.meta["lohan_stage"]],
-                    shape=tuple(value.shape),
-                    dtype=dtype_name(value.dtype),
-                    bytes=value.numel() * value.element_size(),
-                    activation=candidate.index,
-                )
-            )
-    return rows
-
-
-@contextmanager
-def compiler_settings() -> Iterator[None]:
-    """Dynamo settings for whole steps: transformers' log lines are left out, shapes may be many."""
-    ignored = set(torch._dynamo.config.ignore_logging_functions)
-    hf_logging = sys.modules.get("transformers.utils.logging")
-    if hf_logging is not None:
-        logger = type(hf_logging.get_logger("transformers"))
-        for name in ("warning_once", "warning_advice", "warning", "info", "debug"):
-            ignored.add(getattr(logger, name, None))
-        ignored.add(getattr(hf_logging, "warning_once", None))
-        ignored.discard(None)
-    with torch._dynamo.config.patch(
-        ignore_logging_functions=_Functions(ignored),
-        recompile_limit=max(MAX_PROGRAMS, torch._dynamo.config.recompile_limit),
-    ):
-        yield
-
-
-class _Functions(str):
-    """A set of functions that is text to JSON: Dynamo 2.11 writes its settings down, sets sorted."""
-
-    _members: frozenset[object]
-
-    def __new__(cls, members: Iterable[object]) -> _Functions:
-        self = super().__new__(cls, "functions that log")
-        self._members = frozenset(members)
-        return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._members)
-
-    def __contains__(self, item: object) -> bool:
-        return item in self._members
-
-
 def _same_places(one: Captured, other: Captured) -> bool:
     return one.placements == other.placements and one.options == other.options
-
-
-class _LeftToEager(CaptureError):
-    """The compiled call ran as plain Python; nothing has been read yet."""
-
-
-_NOT_COMPILED = (
-    "torch.compile left this call to eager PyTorch, where parameters have no bytes: it is switched off "
-    "(TORCHDYNAMO_DISABLE, torch.compiler.set_stance) or a TorchDispatchMode such as FlopCounterMode is "
-    "active; leave that for the forward"
-)
-
-
-def _own_code(model: torch.nn.Module) -> Callable[..., Any]:
-    """The model's call, hooks included, as a function whose code no other model shares.
-
-    Dynamo keeps compiled entries by code object, up to a limit, and tries each in turn.
-    """
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():  # eager kernels would read parameters without bytes
-            raise _LeftToEager(_NOT_COMPILED)
-        return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    step.__code__ = step.__code__.replace(co_name=f"step_of_{type(model).__name__}")
-    return step
-
-
-def _num_tokens(traced: Traced) -> int | None:
-    """Elements of the largest integer input of two dimensions (batch, sequence); None without one."""
-    sizes = [
-        value.numel()
-        for node in traced.joint.graph.find_nodes(op="placeholder")
-        if (value := tensor_of(node)) is not None
-        and node not in traced.joint.param_of
-        and value.dtype in (torch.int64, torch.int32)
-        and value.dim() == 2
-    ]
-    return max(sizes, default=None)
 
 
 def _placement(place: BucketPlace) -> BucketPlacement:
@@ -711,52 +587,3 @@ def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
                     module._buffers[name] = torch.empty_like(buffer, device=device)
                 else:
                     module._buffers[name] = buffer.to(device)
-
-
-def _refuse_autograd_modes() -> None:
-    """Raise TrainingLoopError under a mode of autograd that would take the step apart."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        raise TrainingLoopError(
-            "saved-tensor hooks (save_on_cpu, saved_tensors_hooks) are active around the forward; the "
-            "plan already decides where each saved tensor goes, so leave that context"
-        )
-    compiled = torch._dynamo.compiled_autograd.compiled_autograd_enabled
-    if compiled or torch._dynamo.config.compiled_autograd:
-        raise TrainingLoopError(
-            "compiled autograd would trace the planned backward anew and lose its order; turn it off "
-            "(torch._dynamo.config.compiled_autograd = False) for this model"
-        )
-
-
-def _misplaced(
-    error: Exception, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device
-) -> Exception:
-    """A CaptureError that names an argument on another device, where there is one; else `error`."""
-    numbered: dict[Any, Any] = {**dict(enumerate(args, start=1)), **kwargs}
-    for (first, *rest), value in tree_flatten_with_path(numbered)[0]:
-        if isinstance(value, torch.Tensor) and value.dim() and value.device.type != device.type:
-            name = "argument " + keystr((first,)).strip("[]")
-            return misplaced_input(name + keystr(tuple(rest)), value, device)
-    return error
-
-
-def _explained(error: Exception) -> Exception:
-    """The error a user should see for what came out of torch.compile."""
-    inner = unwrap(error)
-    if isinstance(inner, LohanError):
-        return inner
-    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
-        return CaptureError(
-            f"the model has been called with more than {MAX_PROGRAMS} sets of input shapes (or of other "
-            "arguments), each of which is compiled by itself; pad inputs to a few lengths"
-        )
-    if isinstance(error, torch._dynamo.exc.Unsupported):
-        line = graph_break_line(error)
-        first = str(error).strip().splitlines()[0]
-        return CaptureError(
-            f"the model cannot be captured as one graph: {first}"
-            + (f"\n  at {line}" if line else "")
-            + "\nlohan_fx plans whole steps; move this out of forward(), or rewrite it with torch "
-            "operations"
-        )
-    return error
