@@ -252,7 +252,6 @@ class Session:
             placements=tuple(_placement(place) for place in solution.buckets),
             options=self._options(solution, overlap),
         )
-        self._share_windows(captured)
         index = len(self.captured)
         self.captured.append(captured)
         # A plan alone needs no runtime; the graphs are still rewritten, for its schedule.
@@ -339,7 +338,7 @@ class Session:
             for pid, state in self._pending_state.items():
                 self.set_optimizer_state(pid, state)
             self._pending_state.clear()
-        elif self._placed is None or not _same_places(captured, self._placed):
+        elif self._placed is None or not _runs_within(captured, self._placed):
             with self.timed("place again"):
                 placed, self._placed = self._placed, None
                 runtime.place(captured.placements, captured.options)
@@ -532,16 +531,6 @@ class Session:
             return policy(problem, forced)
         return solve(problem, policy=policy, forced=forced)
 
-    def _share_windows(self, captured: Captured) -> None:
-        """Use the windows in force for evaluation: it has no gradients, and its weights fit them."""
-        placed = self._placed
-        if (
-            placed is not None
-            and not captured.training
-            and placed.placements == captured.placements
-        ):
-            captured.options = placed.options
-
     def _options(self, solution: Solution, overlap: Overlap) -> RuntimeOptions:
         windows = solution.windows
         return RuntimeOptions(
@@ -570,8 +559,14 @@ class Session:
         )
 
 
-def _same_places(one: Captured, other: Captured) -> bool:
-    return one.placements == other.placements and one.options == other.options
+def _runs_within(program: Captured, placed: Captured) -> bool:
+    """True where `program` can run under the placements and windows of `placed`.
+
+    Evaluation has no gradients and no activations, and its weights fit the staging they have.
+    """
+    if program.placements != placed.placements:
+        return False
+    return not program.training or program.options == placed.options
 
 
 def _placement(place: BucketPlace) -> BucketPlacement:

@@ -100,6 +100,9 @@ def test_clipping_may_be_asked_for_after_an_evaluation(tmp_path: Path) -> None:
     optimizer = lohan_fx.AdamW(model.parameters(), max_grad_norm=0.1)
     step(model, optimizer, MLP.batch(0))
     assert optimizer.last_grad_norm is not None and optimizer.last_grad_norm > 0.1
+    with torch.no_grad():
+        model(**MLP.batch(0))
+    step(model, optimizer, MLP.batch(1))
     model.close()
 
 
