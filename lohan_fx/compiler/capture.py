@@ -32,7 +32,15 @@ from .partition import Candidate, Joint, backward_nodes, find_candidates, split
 from .region_compilers import AtenCompiler, InductorCompiler, RegionCompiler
 from .skeleton import Skeleton, lower
 from .stages import StageInfo, assign_stages, settle_stragglers
-from .weave import Layout, Windows, Woven, check_moves, weave_inference, weave_training
+from .weave import (
+    Layout,
+    Windows,
+    Woven,
+    check_moves,
+    managed_params,
+    weave_inference,
+    weave_training,
+)
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +200,7 @@ class _Step:
             module=module,
             inputs=inputs,
             num_forward_outputs=num_fwd_outputs,
-            param_of=self._params(module.graph),
+            param_of=managed_params(module.graph, self._param_index),
             options=options,
         )
         with host.timed("find candidates"):
@@ -243,7 +251,7 @@ class _Step:
             module=module,
             inputs=inputs,
             num_forward_outputs=len(module.graph.output_node().args[0]),  # type: ignore[arg-type]
-            param_of=self._params(module.graph),
+            param_of=managed_params(module.graph, self._param_index),
             options={},
         )
         decision = self._host.decide(Traced(joint, stages, (), training=False))
@@ -287,16 +295,6 @@ class _Step:
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
-
-    def _params(self, graph: fx.Graph) -> dict[fx.Node, int]:
-        found = {}
-        for node in graph.find_nodes(op="placeholder"):
-            desc = node.meta.get("desc")
-            if type(desc).__name__ in ("PlainAOTInput", "ParamAOTInput"):
-                pid = self._param_index.get(desc.idx)
-                if pid is not None:
-                    found[node] = pid
-        return found
 
     def _handle(self) -> torch.Tensor:
         with self._fake_mode:

@@ -127,12 +127,12 @@ def _bucket_items(
                 # A forward op may run again in the backward of its stage.
                 reads[True].setdefault(pid, set()).add(stage)
     grad_stage: dict[int, int] = {}
+    pid_of = {placeholder.meta["desc"].idx: pid for placeholder, pid in joint.param_of.items()}
     output = joint.graph.output_node()
     for node, desc in zip(output.args[0], output.meta["desc"], strict=True):  # type: ignore[arg-type]
-        index = getattr(getattr(desc, "grad_of", None), "idx", None)
-        for placeholder, pid in joint.param_of.items():
-            if isinstance(node, fx.Node) and placeholder.meta["desc"].idx == index:
-                grad_stage[pid] = node.meta.get("lohan_stage", 0)
+        final_of = pid_of.get(getattr(getattr(desc, "grad_of", None), "idx", None))
+        if final_of is not None and isinstance(node, fx.Node):
+            grad_stage[final_of] = node.meta.get("lohan_stage", 0)
     items = []
     for bucket in buckets:
         pids = [spec.pid for spec in bucket.params]

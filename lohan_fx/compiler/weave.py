@@ -33,7 +33,6 @@ from .values import (
     storage_root,
     storage_span_bytes,
     tensor_of,
-    view_source,
     views_of,
 )
 
@@ -342,8 +341,8 @@ def weave_training(
         CaptureError: a trainable parameter gets no gradient, or an output shows a parameter's bytes.
     """
     fw, bw = Weaver(forward.graph, number), Weaver(backward.graph, number)
-    fw_params = _managed(forward.graph, param_index)
-    bw_params = _managed(backward.graph, param_index)
+    fw_params = managed_params(forward.graph, param_index)
+    bw_params = managed_params(backward.graph, param_index)
     _refuse_returned_params(forward.graph, num_forward_outputs, fw_params, param_names)
 
     results = list(_outputs(forward.graph))
@@ -391,14 +390,14 @@ def weave_training(
         outputs=[*results[:num_forward_outputs], *kept],
         returns_handle=True,
     )
-    kept_names = {node.name for node in kept}
     saved_names = {node.name for node in saved if isinstance(node, fx.Node)}
     tangents = [
         node for node in backward.graph.find_nodes(op="placeholder") if node.name not in saved_names
     ]
+    handed_over = _gradient_positions(backward.graph, param_index)
     new_backward, backward_moves = bw.rebuild(
         placeholders=[
-            *(bw_by_name[node.name] for node in kept if node.name in kept_names),
+            *(bw_by_name[node.name] for node in kept),
             None,
             *tangents,
         ],
@@ -408,7 +407,7 @@ def weave_training(
         layout=layout,
         slot_nodes={slot.index: node for slot, _, node in slots},
         outputs=[
-            None if position in _gradient_positions(backward.graph, param_index) else node
+            None if position in handed_over else node
             for position, node in enumerate(_outputs(backward.graph))
         ],
         returns_handle=False,
@@ -440,7 +439,7 @@ def weave_inference(
 ) -> Woven:
     """Rewrite a forward without a backward: parameters stream through, nothing is saved."""
     weaver = Weaver(module.graph, number)
-    params = _managed(module.graph, param_index)
+    params = managed_params(module.graph, param_index)
     results = list(_outputs(module.graph))
     _refuse_returned_params(module.graph, len(results), params, param_names)
     weaver.parameters(params, layout, windows.fetch_bytes, backward=False)
@@ -491,7 +490,7 @@ def _outputs(graph: fx.Graph) -> Sequence[fx.Node | None]:
     return results  # type: ignore[return-value]
 
 
-def _managed(graph: fx.Graph, param_index: Mapping[int, int]) -> dict[fx.Node, int]:
+def managed_params(graph: fx.Graph, param_index: Mapping[int, int]) -> dict[fx.Node, int]:
     """Placeholders that are managed parameters -> pid, by AOTAutograd's input descriptors."""
     found = {}
     for node in graph.find_nodes(op="placeholder"):
@@ -560,15 +559,3 @@ def _grad_only(
     """Forward placeholders of parameters that backward does not read (for their layout only)."""
     read = set(backward.values())
     return {node: pid for node, pid in forward.items() if pid not in read}
-
-
-__all__ = [
-    "Layout",
-    "Weaver",
-    "Windows",
-    "Woven",
-    "check_moves",
-    "view_source",
-    "weave_inference",
-    "weave_training",
-]
