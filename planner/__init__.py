@@ -30,7 +30,7 @@ from lohan_fx.planner.problem import (
     Problem,
     Stage,
 )
-from lohan_fx.planner.solution import Forced, Prediction, Solution, Windows
+from lohan_fx.planner.solution import Forced, Optimality, Prediction, Solution, Windows
 from lohan_fx.planner.validate import validate
 
 SOLVERS = {"greedy": greedy}
@@ -64,6 +64,7 @@ __all__ = [
     "Lanes",
     "Ledger",
     "NothingFits",
+    "Optimality",
     "Overlap",
     "Place",
     "Prediction",

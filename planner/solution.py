@@ -65,8 +65,26 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Optimality:
+    """What a solver that proves something has proved.
+
+    `bound_s`: no placement has a shorter step by the cost model than this. `gap` is
+    (step - bound) / step, by the cost model too; 0 is a proof of optimality. `status` is the
+    solver's word ("optimal", "feasible", ...), `solve_s` the seconds it took.
+    """
+
+    bound_s: float
+    gap: float
+    status: str
+    solve_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Solution:
-    """One plan for one Problem; `bucket_reasons` and `activation_reasons` are in words."""
+    """One plan for one Problem; `bucket_reasons` and `activation_reasons` are in words.
+
+    `optimality` is None where the policy proves nothing.
+    """
 
     policy: str
     buckets: tuple[BucketPlace, ...]
@@ -75,6 +93,7 @@ class Solution:
     predicted: Prediction
     bucket_reasons: tuple[str, ...] = ()
     activation_reasons: tuple[str, ...] = ()
+    optimality: Optimality | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for JSON."""
@@ -104,6 +123,8 @@ class Solution:
             fields["activations"] = tuple(Place(place) for place in fields["activations"])
             fields["windows"] = Windows(**fields["windows"])
             fields["predicted"] = Prediction(**fields["predicted"])
+            if fields.get("optimality") is not None:
+                fields["optimality"] = Optimality(**fields["optimality"])
             for key in ("bucket_reasons", "activation_reasons"):
                 fields[key] = tuple(fields[key])
             return cls(**fields)

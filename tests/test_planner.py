@@ -21,6 +21,7 @@ from lohan_fx.planner import (
     Forced,
     Ledger,
     NothingFits,
+    Optimality,
     Overlap,
     Place,
     Problem,
@@ -421,6 +422,8 @@ def test_problems_and_solutions_survive_json(question: Problem) -> None:
     except InfeasiblePlan:
         return
     assert Solution.from_json(answer.to_json()) == answer
+    proved = dataclasses.replace(answer, optimality=Optimality(1.5, 0.25, "feasible", 2.0))
+    assert Solution.from_json(proved.to_json()) == proved
 
 
 # ---- the checker ----
