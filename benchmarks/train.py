@@ -215,6 +215,11 @@ def main() -> None:
         result["gpu_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
         result["gpu_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
     if args.engine == "lohan_fx":
+        held = model._lohan.stats().peak_bytes
+        result["peak_gb"] = {tier: round(held[tier] / 1e9, 3) for tier in ("gpu", "dram", "ssd")}
+        if cuda:
+            result["peak_gb"]["gpu"] = result["gpu_peak_gb"]
+        result["stall_s"] = {k: round(v, 3) for k, v in model._lohan.stats().stall_s.items()}
         predicted = model.plan.predicted
         result["predicted"] = {
             "step_s": round(predicted.step_s, 4),
