@@ -35,7 +35,7 @@ from .compiler.formulate import formulate_training
 from .compiler.skeleton import Skeleton
 from .compiler.tensors import num_tokens, tensor_rows
 from .compiler.weave import Layout, Windows, Woven
-from .errors import LohanError, PlanMismatch, TrainingLoopError
+from .errors import CaptureError, LohanError, PlanMismatch, TrainingLoopError
 from .hardware import Hardware
 from .optim import Adam
 from .params import ManagedParams
@@ -124,9 +124,11 @@ class Session:
         self._closed = False
         self.params = ManagedParams(model, self, device=settings.device, dtype=dtype)
         self._requires_grad = [stub.requires_grad for stub in self.params.stubs]
+        # Parameters that the step updates, and those that it would but whose gradient is None.
         self.trainable = frozenset(
             pid for pid, required in enumerate(self._requires_grad) if required
         )
+        self.unused: frozenset[int] = frozenset()
         _move_buffers(model, settings.device)
         self._backend = Backend(self)
         # By whether gradients are on: what evaluation compiled can be dropped by itself.
@@ -160,7 +162,9 @@ class Session:
                 "into one with several groups"
             )
         missing = [
-            self.names[pid] for pid in sorted(self.trainable) if optimizer.group_of(pid) is None
+            self.names[pid]
+            for pid in sorted(self.trainable | self.unused)
+            if optimizer.group_of(pid) is None
         ]
         if missing:
             raise TrainingLoopError(
@@ -230,6 +234,8 @@ class Session:
     def decide(self, traced: Traced) -> Decision:
         """Plan one captured step: make buckets, formulate, solve, and size the runtime by it."""
         settings = self.settings
+        if traced.training:
+            self._set_unused(traced.reached)
         if not self.buckets:
             self.buckets = self._make_buckets(traced)
         overlap = self._overlap()
@@ -359,7 +365,7 @@ class Session:
         """One forward of the compiled model."""
         self._check_open()
         now = [stub.requires_grad for stub in self.params.stubs]
-        if now != self._requires_grad:
+        if torch.is_grad_enabled() and now != self._requires_grad:
             changed = [
                 n for n, a, b in zip(self.names, now, self._requires_grad, strict=True) if a != b
             ]
@@ -436,6 +442,8 @@ class Session:
             self.captured.clear()
             self._known.clear()
             self.buckets = ()
+            self.trainable |= self.unused
+            self.unused = frozenset()
             self._reset_code()  # it holds the runtime's number
 
     def _reset_code(self) -> None:
@@ -472,6 +480,22 @@ class Session:
         if self.device.type != "cuda":
             return 0
         return CUDA_MARGIN_BYTES + self.settings.capacities.gpu_bytes // CUDA_MARGIN_SHARE
+
+    def _set_unused(self, reached: frozenset[int]) -> None:
+        """Leave out parameters without a gradient, as torch.optim does where `grad` is None.
+
+        The first captured step settles which they are: they get no optimizer state.
+        """
+        late = [self.names[pid] for pid in sorted(self.unused & reached)]
+        if late:
+            raise CaptureError(
+                f"{late[0]!r} has a gradient in this step, but had none in the first one and so has no "
+                "optimizer state; make the first step use every parameter that is to be trained"
+            )
+        if self.buckets or not self.trainable & reached:
+            return
+        self.unused = self.trainable - reached
+        self.trainable -= self.unused
 
     def _make_buckets(self, traced: Traced) -> tuple[Bucket, ...]:
         infos = [

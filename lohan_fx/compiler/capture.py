@@ -37,6 +37,7 @@ from .weave import (
     Windows,
     Woven,
     check_moves,
+    gradients_of,
     managed_params,
     weave_inference,
     weave_training,
@@ -69,6 +70,7 @@ class Traced:
     stages: tuple[StageInfo, ...]
     candidates: tuple[Candidate, ...]
     training: bool  # False: a forward alone
+    reached: frozenset[int] = frozenset()  # parameters that get a gradient
 
 
 class Host(Protocol):
@@ -206,7 +208,8 @@ class _Step:
         with host.timed("find candidates"):
             candidates = tuple(find_candidates(joint))
         with host.timed("plan"):
-            decision = host.decide(Traced(joint, stages, candidates, training=True))
+            reached = gradients_of(module.graph, self._param_index)
+            decision = host.decide(Traced(joint, stages, candidates, True, reached))
         saved = [node for c in candidates if c.index in decision.saved for node in c.nodes]
         with host.timed("split"):
             forward, backward = split(joint, saved)

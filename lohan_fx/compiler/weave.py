@@ -513,6 +513,16 @@ def _gradient_positions(graph: fx.Graph, param_index: Mapping[int, int]) -> dict
     return found
 
 
+def gradients_of(graph: fx.Graph, param_index: Mapping[int, int]) -> frozenset[int]:
+    """The managed parameters (pids) that a joint or a backward graph has a gradient for."""
+    outputs = _outputs(graph)
+    return frozenset(
+        pid
+        for position, pid in _gradient_positions(graph, param_index).items()
+        if isinstance(outputs[position], fx.Node)
+    )
+
+
 def _gradients(
     graph: fx.Graph,
     param_index: Mapping[int, int],
@@ -536,7 +546,8 @@ def _gradients(
         raise CaptureError(
             f"{len(missing)} parameter(s) require a gradient but the loss does not depend on them: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; freeze them with "
-            "requires_grad_(False) before lohan_fx.compile"
+            "requires_grad_(False) before lohan_fx.compile (parameters that the very first call, a "
+            "training step, does not use are left alone)"
         )
     return {pid: node for pid, node in found.items() if pid in trainable}
 
