@@ -18,7 +18,8 @@ from lohan_fx.planner.cost import (
     bucket_places,
     predict,
 )
-from lohan_fx.planner.greedy import greedy, least_bytes
+from lohan_fx.planner.greedy import greedy
+from lohan_fx.planner.least import least_bytes
 from lohan_fx.planner.problem import (
     Activation,
     Bucket,

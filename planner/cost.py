@@ -231,6 +231,12 @@ def stage_traffic(problem: Problem) -> Floats:
     return total
 
 
+def written_bytes(traffic: Floats) -> float:
+    """Bytes that one traffic vector writes to SSD in a step."""
+    by_lane = traffic[:_CHAIN].reshape(NUM_PHASES, len(LANES))
+    return float(by_lane[:, _WRITE].sum())
+
+
 # ---- time ----
 
 
@@ -570,7 +576,6 @@ def predict(
     for phase in range(NUM_PHASES):
         blame[int(limit[phase].argmax())] += limit[phase].max()
     gpu, dram, ssd = ledger.peaks(windows)
-    written = ledger.traffic[:_CHAIN].reshape(NUM_PHASES, len(LANES))[:, _WRITE].sum()
     return Prediction(
         step_s=forward_s + backward_s + update_s,
         forward_s=forward_s,
@@ -580,5 +585,5 @@ def predict(
         bound_s=max(alone.values()),
         lane_busy_s=lane_busy_s,
         peak_bytes={"gpu": gpu, "dram": dram, "ssd": ssd},
-        ssd_bytes_written_per_step=round(float(written)),
+        ssd_bytes_written_per_step=round(written_bytes(ledger.traffic)),
     )

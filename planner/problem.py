@@ -177,6 +177,7 @@ class Problem:
     what the allocator may lose to rounding and splitting. `gpu_adam_workspace_bytes` are the
     temporaries of an update on the GPU; they count only where some state is there.
     `ssd_bounce_bytes` of DRAM serve blocking copies; they count only where something is on SSD.
+    With `max_ssd_bytes_per_day`, no plan writes more to SSD in a day of steps at its predicted pace.
     """
 
     capacities: Capacities
@@ -189,6 +190,7 @@ class Problem:
     gpu_adam_workspace_bytes: int = 0
     ssd_bounce_bytes: int = 0
     overlap: Overlap = Overlap.BACKWARD
+    max_ssd_bytes_per_day: int | None = None
 
     def __post_init__(self) -> None:
         faults = _faults(self)
@@ -270,6 +272,8 @@ def _faults(problem: Problem) -> list[str]:
     found: list[str] = []
     if not num_stages:
         found.append("it has no stages")
+    if problem.max_ssd_bytes_per_day is not None and problem.max_ssd_bytes_per_day < 0:
+        found.append(f"its bound on SSD writes is negative: {problem.max_ssd_bytes_per_day}")
     found += _misplaced("stage", problem.stages)
     found += _misplaced("bucket", problem.buckets)
     found += _misplaced("activation", problem.activations)

@@ -337,6 +337,12 @@ def _time(problem: Problem, solution: Solution) -> list[str]:
             f"{written} bytes written to SSD a step, predicted "
             f"{predicted.ssd_bytes_written_per_step}"
         )
+    bound = problem.max_ssd_bytes_per_day
+    a_day = written * 86400
+    if bound is not None and a_day > bound * predicted.step_s * (1 + _CLOSE):
+        found.append(
+            f"{written} bytes written to SSD every {predicted.step_s} s; the bound is {bound} a day"
+        )
     needs = {"gpu": gpu_s}
     for lane, amount, rate in (
         ("h2d", h2d, lanes.h2d_bytes_per_s),

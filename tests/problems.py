@@ -104,7 +104,7 @@ def problem(
     ssd: float = UNBOUNDED,
     rates: Lanes | None = None,
     overlap: Overlap = Overlap.BACKWARD,
-    **rest: int,
+    **rest: int | None,
 ) -> Problem:
     """A problem with capacities in MiB; a number of stages stands for that many of one second."""
     if isinstance(stages, int):

@@ -272,6 +272,36 @@ def test_a_larger_gpu_makes_the_step_no_longer() -> None:
     assert all(later <= sooner * 1.01 for sooner, later in itertools.pairwise(steps))
 
 
+# ---- a bound on SSD writes ----
+
+
+def writes_a_day(answer: Solution) -> float:
+    return answer.predicted.ssd_bytes_written_per_step / answer.predicted.step_s * 86400
+
+
+def test_a_bound_on_ssd_writes_is_kept() -> None:
+    question = problem(3, tuple(bucket(i, i) for i in range(3)), gpu=6, dram=45)
+    free = solved(question)
+    assert free.predicted.ssd_bytes_written_per_step == 3 * 12 * MIB
+    bound = int(writes_a_day(free) / 2)
+    bounded = solved(dataclasses.replace(question, max_ssd_bytes_per_day=bound))
+    assert writes_a_day(bounded) <= bound
+
+
+def test_a_bound_that_no_plan_keeps_is_named_with_what_would_be_written() -> None:
+    buckets = tuple(bucket(i, i) for i in range(3))
+    question = problem(3, buckets, gpu=6, dram=43, max_ssd_bytes_per_day=10 * MIB)
+    with pytest.raises(NothingFits, match=r"at most 10\.49 MB to SSD a day.* 37\.75 MB a step"):
+        solve(question)
+
+
+def test_the_checker_knows_the_bound_on_ssd_writes() -> None:
+    question = problem(3, tuple(bucket(i, i) for i in range(3)), gpu=6, dram=43)
+    answer = solved(question)
+    bounded = dataclasses.replace(question, max_ssd_bytes_per_day=int(writes_a_day(answer) / 2))
+    assert any("the bound is" in line for line in validate(bounded, answer))
+
+
 # ---- forced ----
 
 
@@ -364,6 +394,7 @@ def problems(draw: st.DrawFn) -> Problem:
             dram_bytes_per_s=draw(st.sampled_from([1e18, 5.0 * MIB])),
         ),
         overlap=draw(st.sampled_from(Overlap)),
+        max_ssd_bytes_per_day=draw(st.sampled_from([None, None, 0, 10_000 * MIB])),
         fixed_gpu_bytes=draw(st.integers(0, MIB)),
         gpu_margin_bytes=draw(st.sampled_from([0, MIB])),
         gpu_adam_workspace_bytes=draw(st.sampled_from([0, MIB])),

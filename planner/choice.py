@@ -1,0 +1,92 @@
+"""From a placement to a Solution that fits, and which of two is better."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import TypeAlias
+
+from lohan_fx.planner.cost import Ledger, Room, predict
+from lohan_fx.planner.problem import BucketPlace, Place, Problem
+from lohan_fx.planner.solution import Forced, Prediction, Solution
+
+SECONDS_PER_DAY = 86400
+
+
+class Scarce(enum.IntEnum):
+    """What a placement may have too much of: bytes of a tier, or bytes written to SSD a step."""
+
+    GPU = 0
+    DRAM = 1
+    SSD = 2
+    WRITES = 3
+
+
+Excess: TypeAlias = tuple[int, int, int, int]  # bytes over what there is, by Scarce
+
+
+def excess_bytes(
+    problem: Problem, peaks: tuple[int, int, int], written: int, step_s: Callable[[], float]
+) -> Excess:
+    """By how much peaks of (GPU, DRAM, SSD) and SSD writes a step are over what the problem allows.
+
+    `step_s` is asked for only where writes are bounded.
+    """
+    have = problem.capacities
+    gpu, dram, ssd = peaks
+    writes = 0
+    if problem.max_ssd_bytes_per_day is not None:
+        writes = max(0, written - int(problem.max_ssd_bytes_per_day * step_s() / SECONDS_PER_DAY))
+    return (
+        max(0, gpu - have.gpu_bytes),
+        max(0, dram - have.dram_bytes),
+        max(0, ssd - have.ssd_bytes),
+        writes,
+    )
+
+
+def excess_of(problem: Problem, predicted: Prediction) -> Excess:
+    """By how much a prediction is over what the problem allows."""
+    peak = predicted.peak_bytes
+    return excess_bytes(
+        problem,
+        (peak["gpu"], peak["dram"], peak["ssd"]),
+        predicted.ssd_bytes_written_per_step,
+        lambda: predicted.step_s,
+    )
+
+
+def rank(solution: Solution) -> tuple[float, int, int]:
+    """A key that is less for the better solution.
+
+    Steps within a part in a million are the same; then fewer SSD writes, then less DRAM.
+    """
+    predicted = solution.predicted
+    step = float(f"{predicted.step_s:.6e}")
+    return step, predicted.ssd_bytes_written_per_step, predicted.peak_bytes["dram"]
+
+
+def finish(problem: Problem, ledger: Ledger, room: Room, policy: str = "") -> Solution | None:
+    """The solution of a placement at one width of windows; None if it does not fit."""
+    windows = ledger.windows(room)
+    predicted = predict(problem, ledger.buckets, ledger.activations, windows)
+    if any(excess_of(problem, predicted)):
+        return None
+    return Solution(
+        policy=policy,
+        buckets=tuple(ledger.buckets),
+        activations=tuple(ledger.activations),
+        windows=windows,
+        predicted=predicted,
+    )
+
+
+def all_on_gpu(problem: Problem, forced: Forced, policy: str = "") -> Solution | None:
+    """The plan with everything on the GPU, if it fits."""
+    on_gpu = BucketPlace(Place.GPU, Place.GPU)
+    ledger = Ledger(
+        problem,
+        [forced.buckets.get(b.index, on_gpu) for b in problem.buckets],
+        [forced.activations.get(a.index, Place.GPU) for a in problem.activations],
+    )
+    return finish(problem, ledger, Room.STAGE, policy)

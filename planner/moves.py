@@ -1,0 +1,317 @@
+"""Moves of groups of items, and what making them does to one placement.
+
+Items that differ in name and stage only gain the same by the same move, so one of each group is
+scored, all groups in one vectorised call, and 128 layers cost what 8 do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lohan_fx.planner.choice import Excess, Scarce, excess_bytes
+from lohan_fx.planner.cost import (
+    TRAFFIC_WIDTH,
+    Floats,
+    Ints,
+    Ledger,
+    Room,
+    activation_places,
+    activation_traffic,
+    bucket_places,
+    bucket_traffic,
+    lane_seconds,
+    phase_seconds,
+    state_section_bytes,
+    weight_section_bytes,
+    written_bytes,
+)
+from lohan_fx.planner.least import is_redone_in_place
+from lohan_fx.planner.problem import Activation, Bucket, BucketPlace, Place, Problem
+from lohan_fx.planner.solution import Forced
+
+# Share of every lane's busy seconds in the score. Small enough never to outweigh a real gain of the
+# step (lanes are at most seven), large enough to stand out from rounding.
+_TIE_SHARE = 1e-4
+NO_GAIN = 1e-12
+# A move is given up for one spending of a tier after this many members of its group were refused;
+# the others are alike but for the stage.
+_MOST_REFUSALS = 12
+
+AnyPlace = BucketPlace | Place
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Items with the same moves and the same gains, in the order in which they are moved."""
+
+    is_bucket: bool
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    group: int
+    source: AnyPlace
+    target: AnyPlace
+
+
+def group_items(problem: Problem, forced: Forced) -> list[Group]:
+    """Free items by what determines their gains.
+
+    Buckets: the earliest stage first, since its gradients come last and its weights are read first.
+    Activations: the latest first, since it is kept for the shortest time.
+    """
+    by_key: dict[tuple[object, ...], list[int]] = {}
+    for b in problem.buckets:
+        if b.index not in forced.buckets:
+            key: tuple[object, ...] = (
+                True,
+                b.numel,
+                b.weight_bytes,
+                b.grad_bytes,
+                b.state_bytes,
+                b.has_master,
+                b.trainable,
+                bool(b.forward_stages),
+                bool(b.backward_stages),
+            )
+            by_key.setdefault(key, []).append(b.index)
+    for a in problem.activations:
+        if a.index not in forced.activations:
+            key = (False, a.bytes, a.recompute_s, a.can_swap, is_redone_in_place(problem, a))
+            by_key.setdefault(key, []).append(a.index)
+    groups: list[Group] = []
+    for kind, members in by_key.items():
+        if kind[0]:
+            members.sort(key=lambda i: _first_stage(problem.buckets[i]))
+        else:
+            members.sort(key=lambda i: -problem.activations[i].forward_stage)
+        groups.append(Group(bool(kind[0]), tuple(members)))
+    return groups
+
+
+def _first_stage(bucket: Bucket) -> int:
+    return min((*bucket.forward_stages, *bucket.backward_stages), default=0)
+
+
+def item_bytes(item: Bucket | Activation, place: AnyPlace) -> tuple[int, int, int]:
+    """Resident bytes of an item in (GPU, DRAM, SSD), for scoring; windows are not in it."""
+    found = {Place.GPU: 0, Place.DRAM: 0, Place.SSD: 0, Place.RECOMPUTE: 0}
+    if isinstance(item, Bucket):
+        assert isinstance(place, BucketPlace)
+        on_ssd = Place.SSD
+        found[place.weight] += (
+            weight_section_bytes(item) if place.weight is on_ssd else item.weight_bytes
+        )
+        found[place.state] += (
+            state_section_bytes(item) if place.state is on_ssd else item.state_bytes
+        )
+    else:
+        assert isinstance(place, Place)
+        found[place] += item.bytes
+    return found[Place.GPU], found[Place.DRAM], found[Place.SSD]
+
+
+class Search:
+    """One walk through the placements of one problem at one width of windows."""
+
+    def __init__(self, problem: Problem, forced: Forced, room: Room) -> None:
+        self.problem = problem
+        self.room = room
+        self.groups = group_items(problem, forced)
+        self.moves: list[Move] = []
+        traffic: list[Floats] = []
+        sizes: list[list[int]] = []
+        for number, group in enumerate(self.groups):
+            item = self._item(group, group.members[0])
+            places = self._places(item)
+            costs = {place: self._traffic(item, place) for place in places}
+            held = {place: item_bytes(item, place) for place in places}
+            for source in places:
+                for target in places:
+                    if source != target:
+                        self.moves.append(Move(number, source, target))
+                        traffic.append(costs[target] - costs[source])
+                        more = [t - s for t, s in zip(held[target], held[source], strict=True)]
+                        sizes.append([*more, round(written_bytes(traffic[-1]))])
+        self.traffic = np.array(traffic).reshape(-1, TRAFFIC_WIDTH)
+        self.sizes: Ints = np.array(sizes, dtype=np.int64).reshape(-1, len(Scarce))
+
+    def _item(self, group: Group, index: int) -> Bucket | Activation:
+        return self.problem.buckets[index] if group.is_bucket else self.problem.activations[index]
+
+    def _places(self, item: Bucket | Activation) -> Sequence[AnyPlace]:
+        if isinstance(item, Bucket):
+            places: Sequence[AnyPlace] = bucket_places(item)
+        else:
+            places = activation_places(item)
+            if not is_redone_in_place(self.problem, item):
+                places = [p for p in places if p is not Place.RECOMPUTE]
+        if not self.problem.capacities.ssd_bytes:
+            places = [p for p in places if Place.SSD not in tiers(p)]
+        return places
+
+    def _traffic(self, item: Bucket | Activation, place: AnyPlace) -> Floats:
+        if isinstance(item, Bucket):
+            assert isinstance(place, BucketPlace)
+            return bucket_traffic(self.problem, item, place)
+        assert isinstance(place, Place)
+        return activation_traffic(item, place)
+
+    def potential(self, ledger: Ledger, traffic: Floats) -> Floats:
+        """What the search lowers, for traffic vectors [N, TRAFFIC_WIDTH]: step seconds, and a
+        little of every lane's."""
+        windows = ledger.windows(self.room)
+        phases = phase_seconds(self.problem, windows, self.room is not Room.NONE, traffic)
+        busy = lane_seconds(self.problem.lanes, traffic)
+        total: Floats = phases.sum(axis=1) + _TIE_SHARE * busy.sum(axis=(1, 2))
+        return total
+
+    def gains(self, ledger: Ledger, rows: Ints) -> Floats:
+        """Seconds that one item of each move in `rows` saves now."""
+        at = ledger.traffic[None, :]
+        stacked = np.concatenate([at, at + self.traffic[rows]])
+        value = self.potential(ledger, stacked)
+        with np.errstate(invalid="ignore"):
+            gain: Floats = np.nan_to_num(value[0] - value[1:], nan=0.0, posinf=1e30, neginf=-1e30)
+        return gain
+
+    def steps(self, ledger: Ledger, rows: Ints) -> Floats:
+        """Seconds of step time alone that one item of each move in `rows` saves now."""
+        at = ledger.traffic[None, :]
+        stacked = np.concatenate([at, at + self.traffic[rows]])
+        windows = ledger.windows(self.room)
+        phases = phase_seconds(self.problem, windows, self.room is not Room.NONE, stacked)
+        value = phases.sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            saved: Floats = np.nan_to_num(value[0] - value[1:], nan=0.0)
+        return saved
+
+    def step_s(self, ledger: Ledger) -> float:
+        """Seconds of the step as placed now."""
+        windows = ledger.windows(self.room)
+        ahead = self.room is not Room.NONE
+        return float(phase_seconds(self.problem, windows, ahead, ledger.traffic[None, :]).sum())
+
+    def excess(self, ledger: Ledger) -> Excess:
+        """Bytes over what there is of each scarce thing."""
+        return excess_bytes(
+            self.problem,
+            ledger.peaks(ledger.windows(self.room)),
+            round(written_bytes(ledger.traffic)),
+            lambda: self.step_s(ledger),
+        )
+
+    def run(
+        self,
+        ledger: Ledger,
+        rows: Ints,
+        score: Callable[[Floats], Floats],
+        accept: Callable[[Excess], bool],
+        done: Callable[[], bool],
+        limit: int,
+        measure: Callable[[Ledger, Ints], Floats] | None = None,
+    ) -> None:
+        """Make the best-scoring move among `rows` again and again.
+
+        `score` maps gains (or what `measure` finds instead) to scores, -inf for a move not wanted.
+        `accept` sees the excess after a move and may undo it; an undone move of one item is not
+        tried again in this run.
+        """
+        cursors = Cursors(self, ledger, rows)
+        for _ in range(limit):
+            if done():
+                return
+            alive = cursors.alive()
+            if not alive.size:
+                return
+            scores = score((measure or self.gains)(ledger, rows))
+            usable = alive[scores[alive] > -np.inf]
+            if not usable.size:
+                return
+            top = scores[usable].max()
+            near = usable[scores[usable] >= top - abs(top) * 1e-9]
+            at = min(near, key=lambda k: (self.sizes[rows[k], 2], self.sizes[rows[k], 1]))
+            self._try(ledger, cursors, int(at), accept)
+
+    def _try(
+        self,
+        ledger: Ledger,
+        cursors: Cursors,
+        at: int,
+        accept: Callable[[Excess], bool],
+    ) -> None:
+        """Make one move of the row at `at`, on the first of its members that accepts it."""
+        move = cursors.moves[at]
+        group = self.groups[move.group]
+        while (index := cursors.current(at)) is not None:
+            put(ledger, group, index, move.target)
+            excess = self.excess(ledger)
+            if accept(excess):
+                cursors.entered(move.group, move.target, index)
+                return
+            put(ledger, group, index, move.source)
+            # Only on the GPU does it matter which member it is.
+            cursors.skip(at, all_alike=not excess[Scarce.GPU])
+
+
+def put(ledger: Ledger, group: Group, index: int, place: AnyPlace) -> None:
+    if isinstance(place, BucketPlace):
+        ledger.move_bucket(index, place)
+    else:
+        ledger.move_activation(index, place)
+
+
+def tiers(place: AnyPlace) -> tuple[Place, ...]:
+    return (place.weight, place.state) if isinstance(place, BucketPlace) else (place,)
+
+
+class Cursors:
+    """For each move, the next member of its group that stands at its source and was not refused."""
+
+    def __init__(self, search: Search, ledger: Ledger, rows: Ints) -> None:
+        self._ledger = ledger
+        self._groups = search.groups
+        self.moves = [search.moves[row] for row in rows]
+        self._at = [0] * len(self.moves)
+        self._refused: list[set[int]] = [set() for _ in self.moves]
+        self._given_up = [False] * len(self.moves)
+        self._rank = [{m: k for k, m in enumerate(g.members)} for g in self._groups]
+        self._from: dict[tuple[int, AnyPlace], list[int]] = {}
+        for k, move in enumerate(self.moves):
+            self._from.setdefault((move.group, move.source), []).append(k)
+
+    def current(self, k: int) -> int | None:
+        """The member that the move numbered `k` would move; None if there is none left."""
+        if self._given_up[k]:
+            return None
+        move, refused = self.moves[k], self._refused[k]
+        group = self._groups[move.group]
+        buckets, activations = self._ledger.buckets, self._ledger.activations
+        while self._at[k] < len(group.members):
+            index: int = group.members[self._at[k]]
+            now = buckets[index] if group.is_bucket else activations[index]
+            if now == move.source and index not in refused:
+                return index
+            self._at[k] += 1
+        return None
+
+    def skip(self, k: int, all_alike: bool) -> None:
+        """The current member of move `k` was refused, and with it the rest if they are all alike."""
+        index = self.current(k)
+        if index is not None:
+            self._refused[k].add(index)
+        if all_alike or len(self._refused[k]) >= _MOST_REFUSALS:
+            self._given_up[k] = True
+
+    def entered(self, group: int, place: AnyPlace, index: int) -> None:
+        """A member arrived at `place`: moves from there may take it."""
+        for k in self._from.get((group, place), ()):
+            self._at[k] = min(self._at[k], self._rank[group][index])
+
+    def alive(self) -> Ints:
+        found = [k for k in range(len(self.moves)) if self.current(k) is not None]
+        return np.array(found, dtype=np.int64)
