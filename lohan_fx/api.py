@@ -16,10 +16,12 @@ import torch
 from . import hardware as machines
 from .budget import Budget, Machine
 from .errors import BudgetError, CaptureError, LohanError
+from .pins import Pins, check_pins
 from .plan import Plan
 from .planner import Capacities, Overlap, check_policy
 from .report import report_text
 from .session import Captured, PlanReady, Policy, Session, Settings
+from .step import TracedStep
 from .units import format_bytes
 
 OVERLAPS = ("auto", *(str(mode) for mode in Overlap))
@@ -159,6 +161,7 @@ def compile(
     overlap: str = "auto",
     policy: Policy = "greedy",
     plan: Plan | str | os.PathLike[str] | None = None,
+    pin: Pins | None = None,
     hardware: machines.Hardware | str | None = None,
     lowering: str = "inductor",
     poison: bool = False,
@@ -180,6 +183,7 @@ def compile(
         overlap: when updates run: "auto", "backward", "next-forward", "serial" or "naive".
         policy: who plans: "greedy", or a callable (Problem, Forced) -> Solution.
         plan: replay this plan (an object or a JSON file) instead of solving.
+        pin: places to insist on, by name: {"model.layers.0.*": "ssd"}; see `lohan_fx.pins`.
         hardware: rates to plan with, or a preset's name; None looks at this machine.
         lowering: "inductor", or "aten" for plain ATen kernels (slower; any two plans give bit-equal
             numbers).
@@ -193,7 +197,17 @@ def compile(
     if isinstance(model, CompiledModel):
         raise LohanError("this model is compiled already; build it anew to compile it differently")
     settings = _settings(
-        model, budget, device, overlap, policy, plan, hardware, lowering, poison, bucket_numel
+        model,
+        budget,
+        device,
+        overlap,
+        policy,
+        plan,
+        hardware,
+        lowering,
+        poison,
+        bucket_numel,
+        pin=pin,
     )
     _check_dtype(dtype)
     _refuse_meta(model)
@@ -215,6 +229,7 @@ def make_plan(
     dtype: torch.dtype | None = None,
     policy: Policy = "greedy",
     overlap: str = "auto",
+    pin: Pins | None = None,
     lowering: str = "inductor",
 ) -> Plan:
     """The plan for one training step, without running it. `model` cannot be used afterwards.
@@ -232,8 +247,70 @@ def make_plan(
         LohanError: an argument is out of range, or the inputs are not what forward() takes.
     """
     settings = _settings(
-        model, budget, "cpu", overlap, policy, None, hardware, lowering, False, None, plan_only=True
+        model,
+        budget,
+        "cpu",
+        overlap,
+        policy,
+        None,
+        hardware,
+        lowering,
+        False,
+        None,
+        plan_only=True,
+        pin=pin,
     )
+    session = _trace(model, example_inputs, dtype, settings)
+    if not session.captured:
+        raise _nothing_captured(model)
+    return session.captured[-1].plan
+
+
+def trace_step(
+    model: torch.nn.Module,
+    budget: str | int | Budget,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    *,
+    hardware: machines.Hardware | str | None = None,
+    dtype: torch.dtype | None = None,
+    overlap: str = "auto",
+    lowering: str = "inductor",
+) -> TracedStep:
+    """One training step, traced once to be planned many times. `model` cannot be used afterwards.
+
+    As `make_plan`, without deciding anything: the step plans itself for any policy, budget and pins.
+
+    Raises:
+        CaptureError: the step cannot be captured as one graph.
+        LohanError: an argument is out of range, or the inputs are not what forward() takes.
+    """
+    settings = _settings(
+        model,
+        budget,
+        "cpu",
+        overlap,
+        "greedy",
+        None,
+        hardware,
+        lowering,
+        False,
+        None,
+        plan_only=True,
+        trace_only=True,
+    )
+    session = _trace(model, example_inputs, dtype, settings)
+    if session.traced is None:
+        raise _nothing_captured(model)
+    return session.traced
+
+
+def _trace(
+    model: torch.nn.Module,
+    example_inputs: Mapping[str, Any] | Sequence[Any],
+    dtype: torch.dtype | None,
+    settings: Settings,
+) -> Session:
+    """A session that has traced the model once, and is closed."""
     _check_dtype(dtype)
     args, kwargs = (
         ((), dict(example_inputs))
@@ -251,13 +328,14 @@ def make_plan(
     finally:
         session.close()
         torch.compiler.reset()
-    plan = session.captured[-1].plan if session.captured else None
-    if plan is None:
-        raise CaptureError(
-            f"nothing of {type(model).__name__}.forward() could be captured: it ran without any tensor "
-            "operation on these inputs"
-        )
-    return plan
+    return session
+
+
+def _nothing_captured(model: torch.nn.Module) -> CaptureError:
+    return CaptureError(
+        f"nothing of {type(model).__name__}.forward() could be captured: it ran without any tensor "
+        "operation on these inputs"
+    )
 
 
 def _settings(
@@ -273,12 +351,17 @@ def _settings(
     bucket_numel: int | None,
     *,
     plan_only: bool = False,
+    trace_only: bool = False,
+    pin: Pins | None = None,
 ) -> Settings:
     for name, value, allowed in (("overlap", overlap, OVERLAPS), ("lowering", lowering, LOWERINGS)):
         if value not in allowed:
             raise LohanError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
     if isinstance(policy, str):
         check_policy(policy)
+    check_pins(pin or {})
+    if pin and plan is not None:
+        raise LohanError("pin= and plan= exclude one another: a plan says already where all is")
     where = _device(device)
     rates = _hardware(hardware, where)
     parsed = Budget.parse(budget)
@@ -311,6 +394,8 @@ def _settings(
         lowering=lowering,
         plan=plan,
         plan_only=plan_only,
+        trace_only=trace_only,
+        pin=dict(pin or {}),
         poison=poison,
         bucket_numel=bucket_numel,
     )
@@ -390,4 +475,4 @@ def _hardware(hardware: machines.Hardware | str | None, device: torch.device) ->
     return machines.nearest(torch.cuda.get_device_name(device))
 
 
-__all__ = ["CompiledModel", "check_directory", "compile", "make_plan"]
+__all__ = ["CompiledModel", "check_directory", "compile", "make_plan", "trace_step"]

@@ -14,8 +14,9 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from .errors import CaptureError, LohanError, PlanMismatch, TrainingLoopError
 from .hardware import Hardware
 from .optim import Adam
 from .params import ManagedParams
+from .pins import Pins, best_of, forced_placements
 from .plan import Plan, PlanMove, build_plan
 from .planner import (
     BucketPlace,
@@ -53,6 +55,7 @@ from .planner import (
 )
 from .program import Bucket, BucketPlacement, Tier
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
+from .step import TracedStep
 
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
 CUDA_MARGIN_BYTES = 160 * 2**20
@@ -79,6 +82,8 @@ class Settings:
     lowering: str
     plan: Plan | None = None
     plan_only: bool = False
+    trace_only: bool = False  # no plan either: `Session.traced` is what is wanted
+    pin: Pins = field(default_factory=dict)
     poison: bool = False
     bucket_numel: int | None = None
 
@@ -115,6 +120,7 @@ class Session:
         self.runtime: Runtime | None = None
         self.buckets: tuple[Bucket, ...] = ()
         self.captured: list[Captured] = []
+        self.traced: TracedStep | None = None  # where settings.trace_only
         self.seconds: dict[str, float] = {}  # spent before steps could run, by what on
         self._optimizer: weakref.ref[Adam] | None = None
         self._pending_state: dict[int, Mapping[str, Any]] = {}
@@ -250,7 +256,16 @@ class Session:
             fused=settings.lowering == "inductor",
             margin_bytes=self._margin_bytes(),
         )
-        solution = self._solve(problem, traced.training)
+        if settings.trace_only:
+            self.traced = TracedStep(
+                model=settings.model_name,
+                hardware=settings.hardware,
+                problem=problem,
+                tensors=tuple(tensor_rows(self.buckets, traced)),
+                tokens_per_step=num_tokens(traced),
+            )
+            raise PlanReady("traced")
+        solution = self._solve(problem, traced)
         captured = Captured(
             training=traced.training,
             plan=self._plan(problem, solution, traced),
@@ -517,29 +532,13 @@ class Session:
         numel = self.settings.bucket_numel or bucket_numel_for(sum(info.numel for info in infos))
         return make_buckets(infos, uses, names, numel)
 
-    def _solve(self, problem: Problem, training: bool) -> Solution:
+    def _solve(self, problem: Problem, traced: Traced) -> Solution:
         settings = self.settings
         replayed = None
         if settings.plan is not None and not self._adopted:
             solution = replayed = settings.plan.solution_for(problem)
         else:
-            forced = Forced()
-            placed = self._placed
-            if placed is not None and (placed.training or not training):
-                # Another input shape: leave the parameters where they are if that can work. The
-                # first training step does not: evaluation alone places them without activations.
-                forced = Forced(
-                    buckets={
-                        i: BucketPlace(Place(str(p.weight)), Place(str(p.state)))
-                        for i, p in enumerate(placed.placements)
-                    }
-                )
-            try:
-                solution = self._run_policy(problem, forced)
-            except LohanError:
-                if not forced.buckets:
-                    raise
-                solution = self._run_policy(problem, Forced())
+            solution = self._plan_anew(problem, traced)
         faults = validate(problem, solution)
         if faults and solution is replayed:
             raise PlanMismatch(
@@ -548,6 +547,29 @@ class Session:
         if faults:
             raise LohanError(f"the plan breaks its own rules: {faults[0]} ({len(faults)} in all)")
         return solution
+
+    def _plan_anew(self, problem: Problem, traced: Traced) -> Solution:
+        run = partial(self._run_policy, problem)
+        pinned = self._pinned(problem, traced)
+        placed = self._placed
+        if placed is not None and (placed.training or not traced.training):
+            # Another input shape: leave the parameters where they are if that can work. The
+            # first training step does not: evaluation alone places them without activations.
+            stay = {
+                i: BucketPlace(Place(str(p.weight)), Place(str(p.state)))
+                for i, p in enumerate(placed.placements)
+            }
+            with suppress(LohanError):
+                return run(Forced(stay, pinned[0].activations))
+        return best_of(run, pinned)
+
+    def _pinned(self, problem: Problem, traced: Traced) -> tuple[Forced, ...]:
+        pins = self.settings.pin
+        if not pins:
+            return (Forced(),)
+        # Evaluation has no activations, so that not finding one there is no mistake.
+        rows = tensor_rows(self.buckets, traced)
+        return forced_placements(pins, rows, problem, strict=traced.training)
 
     def _run_policy(self, problem: Problem, forced: Forced) -> Solution:
         policy = self.settings.policy

@@ -17,7 +17,8 @@ from problems import activation, bucket, problem
 from lohan_fx import api
 from lohan_fx.budget import Budget
 from lohan_fx.cli.models import PRESETS, resolve_model
-from lohan_fx.cli.plan import main, plain_text, summary
+from lohan_fx.cli.plan import main
+from lohan_fx.cli.tables import plain_text, summary
 from lohan_fx.errors import LohanError
 from lohan_fx.hardware import Hardware
 from lohan_fx.plan import Plan, TensorRow, build_plan, validate_json

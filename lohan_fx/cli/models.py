@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,30 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt-412b": _gpt(128, 128, 16384),
 }
 
+# Name -> (layers, heads, hidden) of an image model, see `lohan_fx.cli.dit`. The first is DiT-XL/2 of
+# arXiv 2212.09748; the others are sizes of our own, with widths of gpt-*.
+DIT_PRESETS: dict[str, tuple[int, int, int]] = {
+    "dit-0.7b": (28, 16, 1152),
+    "dit-1.4b": (32, 16, 1536),
+    "dit-10b": (32, 32, 4096),
+    "dit-20b": (42, 40, 5120),
+    "dit-40b": (44, 56, 7168),
+}
+
+
+def preset_names() -> tuple[str, ...]:
+    """Every model preset; those of one family are in ascending order of size."""
+    return (*PRESETS, *DIT_PRESETS)
+
+
+def family_of(spec: str) -> tuple[str, ...]:
+    """The presets of a family, given its name or any of them; () where `spec` is neither."""
+    name = spec.split("-")[0]
+    if spec != name and spec not in preset_names():
+        return ()
+    return tuple(preset for preset in preset_names() if preset.split("-")[0] == name)
+
+
 # config field -> what a sequence of `seq` tokens needs it to be at least
 _POSITIONS = ("n_positions", "max_position_embeddings")
 
@@ -100,15 +125,23 @@ def resolve_model(spec: str, *, batch: int, seq: int) -> ModelInput:
     """
     if spec in PRESETS:
         return _from_config(spec, PRESETS[spec], batch, seq)
+    if spec in DIT_PRESETS:
+        return _from_dit(spec, batch, seq)
     path = Path(spec)
     if os.path.exists(spec):  # False, not an error, for what cannot be a path
         return _from_config(_path_name(path), _read_config(path), batch, seq)
     module, colon, factory = spec.partition(":")
     if colon and module and factory.isidentifier():
         return _from_factory(spec, module, factory, batch, seq)
+    family = family_of(spec)
+    if family:
+        raise LohanError(
+            f"{spec!r} is a family of models; name one of {', '.join(family)}, or ask for the largest "
+            "that fits with --max-model"
+        )
     raise LohanError(
         f"{spec!r} is no model: not a file or directory, not 'pkg.module:factory', and not one of "
-        f"the presets {', '.join(PRESETS)}"
+        f"the presets {', '.join(preset_names())}"
     )
 
 
@@ -202,6 +235,26 @@ def _example_inputs(
     whole = class_name.endswith("ForSequenceClassification")
     labels = torch.zeros(batch, dtype=torch.long) if whole else torch.zeros_like(tokens)
     return {"input_ids": tokens, "labels": labels}, batch * seq
+
+
+# ---- image models ----
+
+
+def _from_dit(name: str, batch: int, seq: int) -> ModelInput:
+    import torch
+
+    from lohan_fx.cli.dit import DiT, example_inputs
+
+    side = math.isqrt(seq)
+    if side * side != seq:
+        raise LohanError(
+            f"{name} reads square images of seq = side x side patches, and {seq} is no square; "
+            f"try {side * side} or {(side + 1) ** 2}"
+        )
+    layers, heads, hidden = DIT_PRESETS[name]
+    with torch.device("meta"):
+        model = DiT(layers, heads, hidden, side)
+    return ModelInput(name, model, example_inputs(batch, side), batch * seq)
 
 
 # ---- factories ----

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lohan_fx.budget import Budget, Machine
-from lohan_fx.cli.models import PRESETS as MODEL_PRESETS
-from lohan_fx.cli.models import ModelInput, failed_forward, resolve_model, with_dtype
+from lohan_fx.cli import many
+from lohan_fx.cli.models import (
+    ModelInput,
+    failed_forward,
+    family_of,
+    preset_names,
+    resolve_model,
+    with_dtype,
+)
+from lohan_fx.cli.tables import in_words, show, summary
 from lohan_fx.errors import CaptureError, InfeasiblePlan, LohanError
 from lohan_fx.hardware import PRESETS as HARDWARE_PRESETS
 from lohan_fx.hardware import Hardware, detect, nearest
 from lohan_fx.hardware import load as load_hardware
+from lohan_fx.pins import check_pins, parse_pin
 from lohan_fx.plan import Plan, build_unfit_plan
 from lohan_fx.planner import NothingFits, Overlap, check_policy
-from lohan_fx.units import format_bytes
+from lohan_fx.step import TracedStep
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +49,6 @@ _DTYPES = {
 }
 # Left of a GPU that no budget was given for: the driver's context and what others hold.
 _GPU_MARGIN_SHARE = 20
-
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, column names, rows
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help=(
             "a preset, a Hugging Face config.json or its directory, or pkg.module:factory "
-            f"(presets: {', '.join(MODEL_PRESETS)})"
+            f"(presets: {', '.join(preset_names())})"
         ),
     )
     parser.add_argument(
@@ -125,6 +132,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ssds", type=_count, help="number of SSDs of the paper's server, 1 to 12 (default 12)"
     )
+    parser.add_argument(
+        "--pin",
+        type=parse_pin,
+        action="append",
+        default=[],
+        metavar="NAME_PATTERN=PLACE",
+        help=(
+            "insist on a place: gpu, dram, ssd, or recompute for activations; patterns as in "
+            "'model.layers.0.*', 'state:*', 'weights:lm_head.*', 'activation:model.layers.3'; repeatable"
+        ),
+    )
+    ask = parser.add_mutually_exclusive_group()
+    ask.add_argument("--compare", action="store_true", help="one table of all policies")
+    ask.add_argument(
+        "--sweep",
+        type=many.parse_sweep,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE,VALUE",
+        help=(
+            f"one table over values of {', '.join(many.DIMENSIONS)}; repeat it for all combinations"
+        ),
+    )
+    ask.add_argument(
+        "--max-model",
+        action="store_true",
+        help="the largest preset of the model's family that fits; --model may be the family",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the plan as JSON")
     return parser
 
@@ -145,31 +181,183 @@ def _policy(text: str) -> str:
 
 def _run(args: argparse.Namespace) -> int:
     hardware, budget = _hardware_and_budget(args)
-    if args.dump is not None and not args.dump.parent.is_dir():
-        raise LohanError(f"--dump {args.dump}: there is no directory {args.dump.parent}")
-    if args.dump is not None and args.dump.is_dir():
-        raise LohanError(f"--dump {args.dump} is a directory; name a file")
+    pins = _pins(args.pin)
+    if args.dump is not None:
+        _check_dump(args)
+    question = _Question(args, hardware, budget, pins)
+    if args.sweep:
+        many.check_sweeps(args.sweep, hardware)
+        rows = many.sweep(
+            args.sweep,
+            question.trace,
+            batch=args.batch,
+            seq=args.seq,
+            policy=args.policy,
+            pins=pins,
+        )
+        return question.show_rows(f"{args.model} on {hardware.name}", rows)
+    if args.compare:
+        step = question.trace(args.batch, args.seq)
+        title = f"{step.model} on {hardware.name}, {step.budget_text()}"
+        return question.show_rows(title, many.compare(step, args.overlap, pins))
+    if args.max_model:
+        return _max_model(question)
+    return _one_plan(question)
+
+
+def _one_plan(question: _Question) -> int:
+    args = question.args
     given = resolve_model(args.model, batch=args.batch, seq=args.seq)
     try:
-        plan = _plan(args, given, hardware, budget)
+        plan = question.plan(given)
     except NothingFits as exc:
+        unfit = build_unfit_plan(
+            exc.problem,
+            str(exc),
+            model=given.name,
+            hardware=question.hardware.name,
+            budget=str(question.budget),
+            policy=args.policy,
+        )
         if args.dump is not None:
-            unfit = build_unfit_plan(
-                exc.problem,
-                str(exc),
-                model=given.name,
-                hardware=hardware.name,
-                budget=str(budget),
-                policy=args.policy,
-            )
             _write(args.dump, unfit)
+        if args.json:
+            print(unfit.to_json(indent=1))
         raise
     if args.dump is not None:
         _write(args.dump, plan)
-    show(plan)
+    if args.json:
+        print(plan.to_json(indent=1))
+    else:
+        show(summary(plan))
     if not plan.fits:
         raise InfeasiblePlan(" ".join(plan.reasons))
     return FITS
+
+
+def _max_model(question: _Question) -> int:
+    """The largest preset of a family that fits."""
+    args = question.args
+    names = family_of(args.model)
+    if not names:
+        families = dict.fromkeys(name.split("-")[0] for name in preset_names())
+        raise LohanError(
+            f"--max-model is for families of presets ({', '.join(families)}), and {args.model!r} is "
+            "of none"
+        )
+
+    def attempt(name: str) -> many.Row:
+        step = question.trace(args.batch, args.seq, name)
+        labels = {"model": name, "parameters": in_words(step.num_params)}
+        return many.planned_row(step, labels, args.policy, question.pins)
+
+    rows, best, beyond = many.largest_fitting(names, attempt)
+    words = f"none of {', '.join(names)} fits" if best is None else f"the largest that fits: {best}"
+    after = beyond.reason if beyond is not None else ""
+    if beyond is not None and best is not None:
+        words += f"; the next one, {beyond.labels['model']}, does not"
+    title = f"{names[0].split('-')[0]} on {question.hardware.name}, {question.budget}"
+    extra = {"largest": best, "next": None if beyond is None else beyond.labels["model"]}
+    return question.show_rows(title, rows, extra, words=[words, *([after] if after else [])])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Question:
+    """What the user asked, with the machine and budget it is about."""
+
+    args: argparse.Namespace
+    hardware: Hardware
+    budget: Budget
+    pins: Mapping[str, str]
+
+    def plan(self, given: ModelInput) -> Plan:
+        from lohan_fx import api
+
+        dtype = _torch_dtype(self.args.dtype)
+        with _named_errors(given):
+            plan = api.make_plan(
+                given.model,
+                self.budget,
+                with_dtype(given.example_inputs, dtype),
+                hardware=self.hardware,
+                dtype=dtype,
+                policy=self.args.policy,
+                overlap=self.args.overlap,
+                pin=self.pins,
+            )
+        plan = plan.named(given.name)
+        return plan if given.tokens is None else plan.with_tokens(given.tokens)
+
+    def trace(self, batch: int, seq: int, model: str | None = None) -> TracedStep:
+        """The model's step at a size, to be planned many times."""
+        from lohan_fx import api
+
+        given = resolve_model(model or self.args.model, batch=batch, seq=seq)
+        dtype = _torch_dtype(self.args.dtype)
+        with _named_errors(given):
+            step = api.trace_step(
+                given.model,
+                self.budget,
+                with_dtype(given.example_inputs, dtype),
+                hardware=self.hardware,
+                dtype=dtype,
+                overlap=self.args.overlap,
+            )
+        return step.named(given.name, given.tokens)
+
+    def show_rows(
+        self,
+        title: str,
+        rows: Sequence[many.Row],
+        extra: Mapping[str, Any] | None = None,
+        words: Sequence[str] = (),
+    ) -> int:
+        """Print rows; 0 if any fits, else 2."""
+        if self.args.json:
+            raw = {
+                "model": self.args.model,
+                "hardware": self.hardware.name,
+                "budget": str(self.budget),
+                **(extra or {}),
+                "rows": [row.to_dict() for row in rows],
+            }
+            print(json.dumps(raw, indent=1))
+        else:
+            show([many.table(title, rows)])
+            for line in words:
+                print(line)
+        return FITS if any(row.fits for row in rows) else DOES_NOT_FIT
+
+
+@contextmanager
+def _named_errors(given: ModelInput) -> Iterator[None]:
+    """What goes wrong in tracing a model, under the name that the user gave it."""
+    from torch._dynamo.exc import TorchRuntimeError
+
+    try:
+        yield
+    except CaptureError as exc:
+        raise CaptureError(f"{given.name}: {exc}") from exc
+    except TorchRuntimeError as exc:
+        raise LohanError(f"{given.name}: {failed_forward(exc)}") from exc
+
+
+def _pins(given: Sequence[tuple[str, str]]) -> dict[str, str]:
+    pins: dict[str, str] = {}
+    for pattern, place in given:
+        if pins.setdefault(pattern, place) != place:
+            raise LohanError(f"--pin {pattern!r} asks for {pins[pattern]} and for {place}")
+    check_pins(pins)
+    return pins
+
+
+def _check_dump(args: argparse.Namespace) -> None:
+    if args.compare or args.sweep or args.max_model:
+        raise LohanError("--dump writes one plan; print several as JSON with --json")
+    if not args.dump.parent.is_dir():
+        raise LohanError(f"--dump {args.dump}: there is no directory {args.dump.parent}")
+    if args.dump.is_dir():
+        raise LohanError(f"--dump {args.dump} is a directory; name a file")
 
 
 def _hardware_and_budget(args: argparse.Namespace) -> tuple[Hardware, Budget]:
@@ -200,30 +388,6 @@ def _this_machine() -> tuple[Hardware, Machine]:
     return dataclasses.replace(hardware, gpu_memory_bytes=memory), Machine.here(memory)
 
 
-def _plan(args: argparse.Namespace, given: ModelInput, hardware: Hardware, budget: Budget) -> Plan:
-    from torch._dynamo.exc import TorchRuntimeError
-
-    from lohan_fx import api
-
-    dtype = _torch_dtype(args.dtype)
-    try:
-        plan = api.make_plan(
-            given.model,
-            budget,
-            with_dtype(given.example_inputs, dtype),
-            hardware=hardware,
-            dtype=dtype,
-            policy=args.policy,
-            overlap=args.overlap,
-        )
-    except CaptureError as exc:
-        raise CaptureError(f"{given.name}: {exc}") from exc
-    except TorchRuntimeError as exc:
-        raise LohanError(f"{given.name}: {failed_forward(exc)}") from exc
-    plan = plan.named(given.name)
-    return plan if given.tokens is None else plan.with_tokens(given.tokens)
-
-
 def _torch_dtype(name: str) -> torch.dtype:
     import torch
 
@@ -236,121 +400,3 @@ def _write(path: Path, plan: Plan) -> None:
         path.write_text(plan.to_json(indent=1) + "\n", encoding="utf-8")
     except OSError as exc:
         raise LohanError(f"the plan cannot be written to {path} ({exc.strerror})") from exc
-
-
-# ---- what is shown ----
-
-
-def show(plan: Plan) -> None:
-    """Print a summary: tables on a terminal, plain text where the output is piped."""
-    tables = summary(plan)
-    if not sys.stdout.isatty():
-        print(plain_text(tables))
-        return
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console()
-    for title, columns, rows in tables:
-        table = RichTable(title=title, title_justify="left")
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number == 0 else "right")
-        for row in rows:
-            # Text, not markup: a model's name may hold brackets.
-            table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
-
-
-def summary(plan: Plan) -> list[Table]:
-    """What a plan says, as tables of text."""
-    rows = [
-        ("model", plan.model),
-        ("hardware", plan.hardware),
-        ("parameters", _number(plan.num_params)),
-        ("policy", plan.policy),
-        ("optimizer", plan.overlap),
-        ("fits", "yes" if plan.fits else "no"),
-    ]
-    tables: list[Table] = []
-    if plan.predicted is not None:
-        predicted = plan.predicted
-        rows += [
-            ("step", f"{predicted.step_s:.4g} s"),
-            ("forward", f"{predicted.forward_s:.4g} s"),
-            ("backward", f"{predicted.backward_s:.4g} s"),
-        ]
-        if predicted.update_s:
-            rows.append(("update", f"{predicted.update_s:.4g} s"))
-        if plan.throughput.tokens_per_s is not None:
-            rows.append(("tokens/s", f"{plan.throughput.tokens_per_s:.5g}"))
-        if plan.throughput.model_tflops is not None:
-            rows.append(("model TFLOP/s (6P)", f"{plan.throughput.model_tflops:.4g}"))
-        rows += [
-            ("limited by", predicted.bottleneck),
-            ("bound", f"{predicted.bound_s:.4g} s"),
-            ("SSD writes a step", format_bytes(predicted.ssd_bytes_written_per_step)),
-        ]
-    rows += [("note", reason) for reason in plan.reasons]
-    tables.append(("plan", ("", "value"), [tuple(row) for row in rows]))
-    if plan.predicted is None:
-        return tables
-    have = {"gpu": plan.budget.gpu, "dram": plan.budget.dram, "ssd": plan.budget.ssd}
-    tables.append(
-        (
-            "memory",
-            ("tier", "peak", "budget"),
-            [
-                (tier, format_bytes(plan.predicted.peak_bytes[tier]), format_bytes(have[tier]))
-                for tier in have
-            ],
-        )
-    )
-    step = plan.predicted.step_s or 1.0
-    tables.append(
-        (
-            "lanes",
-            ("lane", "busy", "of the step"),
-            [
-                (lane, f"{seconds:.4g} s", f"{seconds / step:.0%}")
-                for lane, seconds in plan.predicted.lane_busy_s.items()
-            ],
-        )
-    )
-    if plan.tensors:
-        tables.append(_placements(plan))
-    return tables
-
-
-def _number(count: int) -> str:
-    for size, word in ((10**9, "billion"), (10**6, "million")):
-        if count >= size:
-            return f"{count / size:.3g} {word}"
-    return str(count)
-
-
-def _placements(plan: Plan) -> Table:
-    """Bytes by class and place."""
-    places = ("gpu", "dram", "ssd", "recompute")
-    held: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(places, 0))
-    for tensor in plan.tensors:
-        held[tensor.cls][tensor.placement] += tensor.bytes
-    rows: list[tuple[str, ...]] = [
-        (cls, *(format_bytes(row[place]) if row[place] else "-" for place in places))
-        for cls, row in held.items()
-    ]
-    return "tensors", ("class", *places), rows
-
-
-def plain_text(tables: Sequence[Table]) -> str:
-    """The tables as aligned text without any drawing."""
-    blocks = []
-    for title, columns, rows in tables:
-        lines: list[Sequence[Any]] = [columns, *rows]
-        widths = [max(len(line[k]) for line in lines) for k in range(len(columns))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
-        blocks.append("\n".join([title, *(f"  {line}" for line in text)]))
-    return "\n\n".join(blocks)

@@ -307,7 +307,7 @@ def build_plan(
     `num_params` defaults to the elements of the distinct weights among `tensors`. A mapping in
     `schedule` has the keys "pass", "op" and "arg".
     """
-    params = _num_params(tensors) if num_params is None else num_params
+    params = count_params(tensors) if num_params is None else num_params
     throughput = Throughput()
     if tokens_per_step is not None:
         throughput = _throughput(solution.predicted, tokens_per_step, params)
@@ -356,7 +356,7 @@ def build_unfit_plan(
         reasons=(reason,),
         predicted=None,
         throughput=Throughput(),
-        num_params=_num_params(tensors),
+        num_params=count_params(tensors),
         tensors=(),
         schedule=(),
         solution=None,
@@ -427,7 +427,7 @@ def _throughput(predicted: Prediction, tokens_per_step: int, num_params: int) ->
     return Throughput(tokens_per_s=rate, model_tflops=6 * num_params * rate / 1e12)
 
 
-def _num_params(tensors: Sequence[TensorRow]) -> int:
+def count_params(tensors: Sequence[TensorRow]) -> int:
     """Elements of the distinct parameters; each has several rows, one per class."""
     sizes = {t.name: math.prod(t.shape) for t in tensors if t.cls in ("weight16", "master32")}
     return sum(sizes.values())
@@ -494,6 +494,7 @@ __all__ = [
     "Throughput",
     "build_plan",
     "build_unfit_plan",
+    "count_params",
     "json_schema",
     "validate_json",
 ]

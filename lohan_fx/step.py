@@ -1,0 +1,112 @@
+"""One captured training step, to be planned as often as wanted: by policy, budget, rates or pins.
+
+Tracing a large model takes tens of seconds, planning it once more about one. There is no graph and no
+tensor in here, and nothing of the model is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lohan_fx.hardware import Hardware
+from lohan_fx.pins import Pins, best_of, forced_placements
+from lohan_fx.plan import Plan, TensorRow, build_plan, count_params
+from lohan_fx.planner import Forced, Lanes, Overlap, Problem, Solution, solve
+from lohan_fx.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WorkspaceTensor:
+    """A temporary that is live when a stage's pass needs most memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """A captured step: the planner's problem, and the tensors it is made of.
+
+    `workspaces` maps (stage, "forward" or "backward") to its largest temporaries, largest first.
+    `tokens_per_step` is None where the model reads no tokens.
+    """
+
+    model: str
+    hardware: Hardware
+    problem: Problem
+    tensors: tuple[TensorRow, ...]
+    tokens_per_step: int | None
+    workspaces: Mapping[tuple[int, str], Sequence[WorkspaceTensor]] = dataclasses.field(
+        default_factory=dict
+    )
+
+    @property
+    def num_params(self) -> int:
+        return count_params(self.tensors)
+
+    def named(self, model: str, tokens_per_step: int | None = None) -> TracedStep:
+        """The same step under the name that the user gave the model."""
+        tokens = self.tokens_per_step if tokens_per_step is None else tokens_per_step
+        return dataclasses.replace(self, model=model, tokens_per_step=tokens)
+
+    def with_capacity(self, **num_bytes: int) -> TracedStep:
+        """The same step under another budget: any of gpu=, dram= and ssd=, in bytes."""
+        changed = {f"{tier}_bytes": size for tier, size in num_bytes.items()}
+        return self._with(capacities=dataclasses.replace(self.problem.capacities, **changed))
+
+    def with_lanes(self, lanes: Lanes) -> TracedStep:
+        """The same step on lanes of other rates."""
+        return self._with(lanes=lanes)
+
+    def with_overlap(self, overlap: Overlap) -> TracedStep:
+        """The same step with the optimizer at another time."""
+        return self._with(overlap=overlap)
+
+    def _with(self, **fields: Any) -> TracedStep:
+        return dataclasses.replace(self, problem=dataclasses.replace(self.problem, **fields))
+
+    def solve(self, policy: str = "greedy", pins: Pins | None = None) -> Solution:
+        """The policy's solution.
+
+        Raises:
+            InfeasiblePlan: nothing fits.
+            LohanError: there is no such policy, or pins cannot be honoured.
+        """
+        forced: tuple[Forced, ...] = (Forced(),)
+        if pins:
+            forced = forced_placements(pins, self.tensors, self.problem)
+        return best_of(partial(solve, self.problem, policy), forced)
+
+    def plan(self, policy: str = "greedy", pins: Pins | None = None) -> Plan:
+        """The policy's plan, without a schedule (which needs the graphs). Raises as `solve`."""
+        return build_plan(
+            self.problem,
+            self.solve(policy, pins),
+            model=self.model,
+            hardware=self.hardware.name,
+            budget=self.budget_text(),
+            policy=policy,
+            tensors=self.tensors,
+            tokens_per_step=self.tokens_per_step,
+        )
+
+    def tokens_per_s(self, solution: Solution) -> float | None:
+        step_s = solution.predicted.step_s
+        if self.tokens_per_step is None or step_s <= 0:
+            return None
+        return self.tokens_per_step / step_s
+
+    def budget_text(self) -> str:
+        """The capacities in the words of a budget."""
+        have = self.problem.capacities
+        tiers = (("gpu", have.gpu_bytes), ("dram", have.dram_bytes), ("ssd", have.ssd_bytes))
+        return ", ".join(f"{tier}={format_bytes(size)}" for tier, size in tiers)
+
+
+__all__ = ["TracedStep", "WorkspaceTensor"]
