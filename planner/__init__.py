@@ -3,6 +3,7 @@
 problem   the question: stages, buckets, activations, lanes, capacities
 cost      the one model of time and memory
 greedy    a solver
+schedule  where in a pass each move stands; the compiler uses it too
 solution  the answer
 validate  a checker that shares no code with cost and greedy
 """
