@@ -1,11 +1,17 @@
 """Where everything lives during a training step: Problem -> Solution, without torch.
 
 problem   the question: stages, buckets, activations, lanes, capacities
-cost      the one model of time and memory
-greedy    a solver
-schedule  where in a pass each move stands; the compiler uses it too
 solution  the answer
-validate  a checker that shares no code with cost and greedy
+cost      the model of time and memory that solvers search with
+least     where a search begins; the least each tier must hold
+moves     moves of groups of identical items
+greedy    a fast solver
+lots      groups as a linear program sees them
+milp      placement as a mixed-integer program, and its relaxation
+optimal   the program's plan or any policy's that is better, with a proved bound
+choice    which of two plans is better
+words     why items are where they are, or why nothing fits
+validate  a checker that shares no code with cost and the solvers
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from lohan_fx.planner.cost import (
 )
 from lohan_fx.planner.greedy import greedy
 from lohan_fx.planner.least import least_bytes
+from lohan_fx.planner.optimal import optimal
 from lohan_fx.planner.problem import (
     Activation,
     Bucket,
@@ -35,7 +42,7 @@ from lohan_fx.planner.problem import (
 from lohan_fx.planner.solution import Forced, Optimality, Prediction, Solution, Windows
 from lohan_fx.planner.validate import validate
 
-SOLVERS = {"greedy": greedy}
+SOLVERS = {"optimal": optimal, "greedy": greedy}
 
 
 def check_policy(policy: str) -> None:

@@ -11,6 +11,7 @@ from the largest item of a sort, and the Ledger keeps the sizes for them.
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections import Counter
 from collections.abc import Sequence
@@ -76,8 +77,8 @@ class Room(enum.IntEnum):
 
 
 # At Room.STAGE: GPU capacity over these is the most a window takes, unless one item is larger.
-_FETCH_SHARE = 16
-_WINDOW_SHARE = 32
+FETCH_SHARE = 16
+WINDOW_SHARE = 32
 
 
 def bucket_places(bucket: Bucket) -> tuple[BucketPlace, ...]:
@@ -314,6 +315,18 @@ def phase_seconds(problem: Problem, windows: Windows, ahead: bool, traffic: Floa
     return exposed
 
 
+def step_seconds(
+    problem: Problem,
+    buckets: Sequence[BucketPlace],
+    activations: Sequence[Place],
+    windows: Windows,
+) -> float:
+    """Seconds of a step by `phase_seconds`: the estimate that solvers search and bound."""
+    ledger = Ledger(problem, buckets, activations)
+    ahead = ledger.is_ahead(windows)
+    return float(phase_seconds(problem, windows, ahead, ledger.traffic[None, :]).sum())
+
+
 # ---- memory ----
 
 
@@ -384,6 +397,7 @@ class Ledger:
         self._dram_item_bytes = 0
         self._slot_bytes = 0
         self._num_gpu_states = 0
+        self._known_traffic: dict[tuple[object, ...], Floats] = {}
         self._cpu_grad_bytes = 0
         self._gpu: Ints = np.zeros(2 * num_stages + 1, dtype=np.int64)
         self._gpu += problem.fixed_gpu_bytes + problem.gpu_margin_bytes
@@ -405,6 +419,15 @@ class Ledger:
         for index, kept in enumerate(self.activations):
             self._count_activation(index, kept, 1)
 
+    def copy(self) -> Ledger:
+        """A ledger of the same placement, to be moved on its own."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray | list):
+                setattr(other, name, value.copy())
+        other._sizes = {sort: counts.copy() for sort, counts in self._sizes.items()}
+        return other
+
     def move_bucket(self, index: int, place: BucketPlace) -> None:
         self._count_bucket(index, self.buckets[index], -1)
         self.buckets[index] = place
@@ -416,6 +439,23 @@ class Ledger:
         self._count_activation(index, self.activations[index], -1)
         self.activations[index] = place
         self._count_activation(index, place, 1)
+
+    def _traffic_of(self, bucket: Bucket, place: BucketPlace) -> Floats:
+        """bucket_traffic, once for all buckets that it is the same for."""
+        key = (
+            bucket.numel,
+            bucket.weight_bytes,
+            bucket.grad_bytes,
+            bucket.state_bytes,
+            bucket.has_master,
+            bucket.trainable,
+            bool(bucket.forward_stages),
+            bool(bucket.backward_stages),
+            place,
+        )
+        if key not in self._known_traffic:
+            self._known_traffic[key] = bucket_traffic(self.problem, bucket, place)
+        return self._known_traffic[key]
 
     def _size(self, sort: str, num_bytes: int, sign: int) -> None:
         sizes = self._sizes[sort]
@@ -433,7 +473,7 @@ class Ledger:
     def _count_bucket(self, index: int, place: BucketPlace, sign: int) -> None:
         problem, bucket = self.problem, self.problem.buckets[index]
         num_stages = problem.num_stages
-        self.traffic += sign * bucket_traffic(problem, bucket, place)
+        self.traffic += sign * self._traffic_of(bucket, place)
         self._occupy(bucket_spans(problem, bucket, place), sign)
         if place.weight is not Place.GPU and (bucket.forward_stages or bucket.backward_stages):
             size = align_up(bucket.weight_bytes, GPU_ALIGN)
@@ -497,10 +537,10 @@ class Ledger:
         roomy, still = room is Room.STAGE, room is Room.NONE
         most_open = max(2, int(self._open.max()))
         return Windows(
-            fetch_window_bytes=0 if still else window(self._fetch, "fetch", _FETCH_SHARE),
-            offload_window_bytes=0 if still else window(self._out, "swap", _WINDOW_SHARE),
-            reload_window_bytes=0 if still else window(self._in, "swap", _WINDOW_SHARE),
-            grad_window_bytes=window(self._grad, "grad", _WINDOW_SHARE),
+            fetch_window_bytes=0 if still else window(self._fetch, "fetch", FETCH_SHARE),
+            offload_window_bytes=0 if still else window(self._out, "swap", WINDOW_SHARE),
+            reload_window_bytes=0 if still else window(self._in, "swap", WINDOW_SHARE),
+            grad_window_bytes=window(self._grad, "grad", WINDOW_SHARE),
             grad_buffers=most_open + (2 if roomy else 0) if self._sizes["grad"] else 0,
             state_buffers=(3 if roomy else 2) if self._sizes["state"] else 0,
             inbound_bytes=(4 if roomy else 2) * self._largest("inbound"),

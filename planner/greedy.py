@@ -8,6 +8,7 @@ part of the score so that ties go to the move that moves less.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,8 +39,9 @@ def greedy(problem: Problem, forced: Forced | None = None) -> Solution:
     check_forced(problem, forced)
     best = all_on_gpu(problem, forced)
     if best is None:
+        begin = starts(problem, forced)
         for room in sorted(Room, reverse=True):
-            best = _best(problem, forced, room)
+            best = _best(problem, forced, room, begin)
             if best is not None:
                 break
     if best is None:
@@ -57,12 +59,12 @@ def _without_bound(problem: Problem, forced: Forced) -> Solution | None:
         return None
 
 
-def _best(problem: Problem, forced: Forced, room: Room) -> Solution | None:
+def _best(problem: Problem, forced: Forced, room: Room, begin: Sequence[Ledger]) -> Solution | None:
     """The best plan over starting points and orders of spending, improved; None if nothing fits."""
     search = Search(problem, forced, room)
     found: list[tuple[Solution, Ledger]] = []
     for order in _ORDERS:
-        for ledger in starts(problem, forced):
+        for ledger in map(Ledger.copy, begin):
             if _repair(search, ledger):
                 for spend in order:
                     _buy(search, ledger, spend)
@@ -80,6 +82,16 @@ def _best(problem: Problem, forced: Forced, room: Room) -> Solution | None:
             break
         best = solution
     return best
+
+
+def improve(search: Search, ledger: Ledger) -> bool:
+    """Mend a placement made elsewhere, then spend what room there is; False if it cannot fit."""
+    if not _repair(search, ledger):
+        return False
+    for spend in _ORDERS[0]:
+        _buy(search, ledger, spend)
+    _polish(search, ledger)
+    return True
 
 
 def _repair(search: Search, ledger: Ledger) -> bool:

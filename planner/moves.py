@@ -39,6 +39,8 @@ NO_GAIN = 1e-12
 # A move is given up for one spending of a tier after this many members of its group were refused;
 # the others are alike but for the stage.
 _MOST_REFUSALS = 12
+# Of a group with more members than this, several are moved before moves are scored again.
+_SHARE_AT_ONCE = 12
 
 AnyPlace = BucketPlace | Place
 
@@ -67,22 +69,40 @@ def group_items(problem: Problem, forced: Forced) -> list[Group]:
     by_key: dict[tuple[object, ...], list[int]] = {}
     for b in problem.buckets:
         if b.index not in forced.buckets:
-            key: tuple[object, ...] = (
-                True,
-                b.numel,
-                b.weight_bytes,
-                b.grad_bytes,
-                b.state_bytes,
-                b.has_master,
-                b.trainable,
-                bool(b.forward_stages),
-                bool(b.backward_stages),
-            )
-            by_key.setdefault(key, []).append(b.index)
+            by_key.setdefault(_bucket_key(b), []).append(b.index)
     for a in problem.activations:
         if a.index not in forced.activations:
-            key = (False, a.bytes, a.recompute_s, a.can_swap, is_redone_in_place(problem, a))
-            by_key.setdefault(key, []).append(a.index)
+            by_key.setdefault(_activation_key(problem, a), []).append(a.index)
+    return _in_order(problem, by_key)
+
+
+def pinned_groups(problem: Problem, forced: Forced) -> list[tuple[Group, AnyPlace]]:
+    """Forced items in groups as of `group_items`, with the place of each."""
+    by_key: dict[tuple[object, ...], list[int]] = {}
+    for index, place in forced.buckets.items():
+        by_key.setdefault((*_bucket_key(problem.buckets[index]), place), []).append(index)
+    for index, kept in forced.activations.items():
+        key = _activation_key(problem, problem.activations[index])
+        by_key.setdefault((*key, kept), []).append(index)
+    groups = _in_order(problem, by_key)
+    return [
+        (g, forced.buckets[g.members[0]] if g.is_bucket else forced.activations[g.members[0]])
+        for g in groups
+    ]
+
+
+def _bucket_key(b: Bucket) -> tuple[object, ...]:
+    reads = bool(b.forward_stages), bool(b.backward_stages)
+    size = b.numel, b.weight_bytes, b.grad_bytes, b.state_bytes
+    return (True, *size, b.has_master, b.trainable, *reads)
+
+
+def _activation_key(problem: Problem, a: Activation) -> tuple[object, ...]:
+    redone = a.can_recompute, is_redone_in_place(problem, a)
+    return (False, a.bytes, a.recompute_s, a.can_swap, *redone)
+
+
+def _in_order(problem: Problem, by_key: dict[tuple[object, ...], list[int]]) -> list[Group]:
     groups: list[Group] = []
     for kind, members in by_key.items():
         if kind[0]:
@@ -222,20 +242,27 @@ class Search:
         tried again in this run.
         """
         cursors = Cursors(self, ledger, rows)
+        measure = measure or self.gains
         for _ in range(limit):
             if done():
                 return
             alive = cursors.alive()
             if not alive.size:
                 return
-            scores = score((measure or self.gains)(ledger, rows))
+            gains = measure(ledger, rows)
+            scores = score(gains)
             usable = alive[scores[alive] > -np.inf]
             if not usable.size:
                 return
             top = scores[usable].max()
             near = usable[scores[usable] >= top - abs(top) * 1e-9]
-            at = min(near, key=lambda k: (self.sizes[rows[k], 2], self.sizes[rows[k], 1]))
-            self._try(ledger, cursors, int(at), accept)
+            at = int(min(near, key=lambda k: (self.sizes[rows[k], 2], self.sizes[rows[k], 1])))
+            more = len(self.groups[cursors.moves[at].group].members) // _SHARE_AT_ONCE
+            while self._try(ledger, cursors, at, accept) and more > 0 and not done():
+                # Where nothing else has become the bottleneck, the same move is the best again.
+                if measure(ledger, rows[at : at + 1])[0] < gains[at] * (1 - 1e-6):
+                    break
+                more -= 1
 
     def _try(
         self,
@@ -243,7 +270,7 @@ class Search:
         cursors: Cursors,
         at: int,
         accept: Callable[[Excess], bool],
-    ) -> None:
+    ) -> bool:
         """Make one move of the row at `at`, on the first of its members that accepts it."""
         move = cursors.moves[at]
         group = self.groups[move.group]
@@ -252,10 +279,11 @@ class Search:
             excess = self.excess(ledger)
             if accept(excess):
                 cursors.entered(move.group, move.target, index)
-                return
+                return True
             put(ledger, group, index, move.source)
             # Only on the GPU does it matter which member it is.
             cursors.skip(at, all_alike=not excess[Scarce.GPU])
+        return False
 
 
 def put(ledger: Ledger, group: Group, index: int, place: AnyPlace) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import MIB, activation, bucket, lanes, problem, stage
+from problems import MIB, activation, bucket, deep, lanes, problem, problems, stage
 
 from lohan_fx.errors import InfeasiblePlan, LohanError
 from lohan_fx.planner import (
@@ -342,66 +342,6 @@ def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
 # ---- any problem ----
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    num_stages = draw(st.integers(1, 4))
-    stages = tuple(
-        stage(i, draw(st.sampled_from([0.1, 1.0, 5.0])), draw(st.integers(0, 3)))
-        for i in range(num_stages)
-    )
-    where = st.integers(0, num_stages - 1)
-    buckets = []
-    for index in range(draw(st.integers(0, 5))):
-        readers = sorted(draw(st.sets(where, min_size=1, max_size=2)))
-        made = bucket(
-            index,
-            *readers,
-            weight_mib=draw(st.integers(1, 5)),
-            master=draw(st.booleans()),
-            trainable=draw(st.booleans()),
-            in_backward=draw(st.booleans()),
-        )
-        # Sizes that are no multiple of a page or a block.
-        odd = draw(st.sampled_from([0, 2, 1000]))
-        buckets.append(dataclasses.replace(made, weight_bytes=made.weight_bytes + odd))
-    acts = []
-    for index in range(draw(st.integers(0, 6))):
-        made_in = draw(where)
-        earlier = [a.index for a in acts if a.forward_stage <= made_in]
-        needs = draw(st.sets(st.sampled_from(earlier), max_size=2)) if earlier else set()
-        made = activation(
-            index,
-            made_in,
-            mib=draw(st.integers(1, 5)),
-            recompute_s=draw(st.sampled_from([0.0, 0.1, 3.0])),
-            needs=tuple(sorted(needs)),
-            read_in=draw(st.integers(made_in, num_stages - 1)),
-            can_recompute=draw(st.booleans()),
-            can_swap=draw(st.booleans()),
-        )
-        acts.append(dataclasses.replace(made, bytes=made.bytes + draw(st.sampled_from([0, 7]))))
-    return problem(
-        stages,
-        tuple(buckets),
-        tuple(acts),
-        gpu=draw(st.integers(1, 120)),
-        dram=draw(st.sampled_from([0, 10, 40, 80, 200])),
-        ssd=draw(st.sampled_from([0, 30, 100, 500])),
-        rates=lanes(
-            duplex_factor=draw(st.sampled_from([0.5, 1.0])),
-            ssd_simplex=draw(st.booleans()),
-            gpu_bytes_per_s=draw(st.sampled_from([1e18, float(MIB)])),
-            dram_bytes_per_s=draw(st.sampled_from([1e18, 5.0 * MIB])),
-        ),
-        overlap=draw(st.sampled_from(Overlap)),
-        max_ssd_bytes_per_day=draw(st.sampled_from([None, None, 0, 10_000 * MIB])),
-        fixed_gpu_bytes=draw(st.integers(0, MIB)),
-        gpu_margin_bytes=draw(st.sampled_from([0, MIB])),
-        gpu_adam_workspace_bytes=draw(st.sampled_from([0, MIB])),
-        ssd_bounce_bytes=draw(st.sampled_from([0, MIB])),
-    )
-
-
 @settings(max_examples=150, deadline=None)
 @given(problems())
 def test_any_answer_is_sound(question: Problem) -> None:
@@ -533,29 +473,6 @@ def test_a_problem_that_makes_no_sense_says_so(build: Callable[[], object], word
 
 
 # ---- size and dependencies ----
-
-
-def deep(num_layers: int) -> Problem:
-    """Layers of 6 buckets and 15 activations under budgets that force every kind of choice."""
-    buckets, acts = [], []
-    for layer in range(num_layers):
-        for _ in range(6):
-            buckets.append(bucket(len(buckets), layer))
-        first = len(acts)
-        for k in range(15):
-            needs = (first,) if k else ()
-            acts.append(
-                activation(first + k, layer, mib=1 + k % 3, recompute_s=0.01 * k, needs=needs)
-            )
-    states = num_layers * 6 * 14
-    return problem(
-        num_layers,
-        tuple(buckets),
-        tuple(acts),
-        gpu=60 + states * 0.05,
-        dram=200 + states * 0.5,
-        rates=lanes(h2d_bytes_per_s=20 * MIB, d2h_bytes_per_s=20 * MIB),
-    )
 
 
 def test_a_deep_model_is_planned_in_seconds() -> None:

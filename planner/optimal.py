@@ -1,0 +1,153 @@
+"""The default solver: a mixed-integer program, and the best of everything else that fits.
+
+Its own placements come from `milp` at each width of windows; greedy's, lohan's and those of the
+static policies compete with them by predicted step. So no policy has a plan that is faster, and the
+program's relaxation says how much faster any plan could be at most.
+
+A budget that holds everything keeps everything on the GPU, and nothing else is tried: what could be
+gained by moving the optimizer off an otherwise idle GPU is not worth a step that depends on links.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from lohan_fx.errors import InfeasiblePlan
+from lohan_fx.planner.choice import all_on_gpu, finish, rank
+from lohan_fx.planner.cost import Ledger, Room, step_seconds
+from lohan_fx.planner.greedy import greedy, improve
+from lohan_fx.planner.least import check_forced
+from lohan_fx.planner.lots import Lot
+from lohan_fx.planner.moves import AnyPlace, Search
+from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
+from lohan_fx.planner.solution import Forced, Optimality, Solution
+from lohan_fx.planner.words import with_reasons
+
+Solver = Callable[[Problem, Forced | None], Solution]
+
+
+def optimal(
+    problem: Problem, forced: Forced | None = None, rivals: Mapping[str, Solver] | None = None
+) -> Solution:
+    """The best plan found, with a bound on how good any could be.
+
+    `rivals` are policies besides greedy whose plans compete; one that fits nothing is left out.
+
+    Raises NothingFits, with the least each tier must hold, where nothing is found, and
+    InfeasiblePlan for a forced placement that no plan can have.
+    """
+    begun = time.perf_counter()
+    forced = forced or Forced()
+    check_forced(problem, forced)
+    best = all_on_gpu(problem, forced)
+    failure: NothingFits | None = None
+    if best is None:
+        found = list(_placed(problem, forced))
+        for solver in (greedy, *(rivals or {}).values()):
+            try:
+                found.append(solver(problem, forced))
+            except NothingFits as exc:
+                failure = failure or exc
+            except InfeasiblePlan:
+                continue
+        if not found:
+            assert failure is not None
+            raise failure
+        best = min(found, key=rank)
+    best = dataclasses.replace(best, policy="optimal", optimality=None)
+    proof = _proof(problem, forced, best, begun)
+    return with_reasons(problem, dataclasses.replace(best, optimality=proof), forced)
+
+
+def _proof(problem: Problem, forced: Forced, solution: Solution, begun: float) -> Optimality | None:
+    """What the relaxation proves about a solution; None where the program could not be solved."""
+    from lohan_fx.planner.milp import bound_seconds
+
+    bound = bound_seconds(problem, forced)
+    if bound is None:
+        return None
+    step = step_seconds(problem, solution.buckets, solution.activations, solution.windows)
+    bound = min(bound, step)
+    gap = (step - bound) / step if step else 0.0
+    return Optimality(
+        bound_s=bound,
+        gap=gap,
+        status="optimal" if gap <= _PROVED else "feasible",
+        solve_s=time.perf_counter() - begun,
+    )
+
+
+# A gap at which the bound and the step are the same number for every practical purpose.
+_PROVED = 1e-4
+
+
+def _placed(problem: Problem, forced: Forced) -> Iterator[Solution]:
+    """The program's placements, at each width of windows, that fit once they are mended."""
+    # Loading a solver takes half a second: only where there is something to decide.
+    from lohan_fx.planner.milp import place_counts
+
+    for room in sorted(Room, reverse=True):
+        answer = place_counts(problem, forced, room)
+        if answer is None:
+            continue
+        search = Search(problem, forced, room)
+        for spread in (False, True):
+            buckets, activations = _spelled_out(problem, answer.lots, answer.counts, spread)
+            ledger = Ledger(problem, buckets, activations)
+            if improve(search, ledger):
+                solution = finish(problem, ledger, room)
+                if solution is not None:
+                    yield solution
+
+
+def _spelled_out(
+    problem: Problem,
+    lots: tuple[Lot, ...],
+    counts: tuple[tuple[float, ...], ...],
+    spread: bool,
+) -> tuple[list[BucketPlace], list[Place]]:
+    """A place for each item from counts: most on the GPU first, in the order of the group.
+
+    What is equally resident comes in blocks, or evenly mixed along the model (`spread`).
+    """
+    buckets = [BucketPlace(Place.GPU, Place.GPU)] * len(problem.buckets)
+    activations = [Place.GPU] * len(problem.activations)
+    for lot, row in zip(lots, counts, strict=True):
+        order = _sequence(lot, [round(n) for n in row], spread)
+        for index, place in zip(lot.group.members, order, strict=True):
+            if isinstance(place, BucketPlace):
+                buckets[index] = place
+            else:
+                activations[index] = place
+    return buckets, activations
+
+
+def _residence(place: AnyPlace) -> int:
+    """2, 1 or 0: how much of an item stays on the GPU."""
+    if isinstance(place, BucketPlace):
+        return (place.weight is Place.GPU) + (place.state is Place.GPU)
+    return 2 if place is Place.GPU else 0
+
+
+def _sequence(lot: Lot, counts: list[int], spread: bool) -> list[AnyPlace]:
+    """The places of a lot's members, in order."""
+    found: list[AnyPlace] = []
+    for residence in (2, 1, 0):
+        block = [
+            (place, count)
+            for place, count in zip(lot.places, counts, strict=True)
+            if count and _residence(place) == residence
+        ]
+        if not spread:
+            found += [place for place, count in block for _ in range(count)]
+            continue
+        # Each place's k-th member of n stands at (k + 1/2) / n of the way.
+        spots = [
+            ((k + 0.5) / count, number, place)
+            for number, (place, count) in enumerate(block)
+            for k in range(count)
+        ]
+        found += [place for _, _, place in sorted(spots, key=lambda spot: spot[:2])]
+    return found

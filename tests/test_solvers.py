@@ -1,0 +1,107 @@
+"""What every solver owes: answers that hold, and from `optimal` none that is worse, with a bound."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from hypothesis import given, settings
+from problems import deep, problems
+
+from lohan_fx.errors import InfeasiblePlan
+from lohan_fx.planner import (
+    SOLVERS,
+    BucketPlace,
+    Ledger,
+    Place,
+    Problem,
+    Room,
+    Solution,
+    activation_places,
+    bucket_places,
+    predict,
+    solve,
+    validate,
+)
+from lohan_fx.planner.cost import step_seconds
+
+G, D, S, R = Place.GPU, Place.DRAM, Place.SSD, Place.RECOMPUTE
+
+
+def attempt(question: Problem, policy: str) -> Solution | None:
+    try:
+        return solve(question, policy)
+    except InfeasiblePlan:
+        return None
+
+
+def is_resident(answer: Solution) -> bool:
+    return all(p == BucketPlace(G, G) for p in answer.buckets) and set(answer.activations) <= {G}
+
+
+def every_placement(question: Problem) -> list[tuple[float, Solution]]:
+    """All sound plans at the windows of each Room, with their seconds by the cost model."""
+    found = []
+    for buckets in itertools.product(*map(bucket_places, question.buckets)):
+        for acts in itertools.product(*map(activation_places, question.activations)):
+            ledger = Ledger(question, buckets, acts)
+            for room in Room:
+                windows = ledger.windows(room)
+                predicted = predict(question, buckets, acts, windows)
+                answer = Solution("all", buckets, acts, windows, predicted)
+                if not validate(question, answer):
+                    found.append((step_seconds(question, buckets, acts, windows), answer))
+    return found
+
+
+@settings(max_examples=120, deadline=None)
+@given(problems())
+def test_optimal_is_sound_and_no_policy_is_faster(question: Problem) -> None:
+    answers = {policy: attempt(question, policy) for policy in SOLVERS}
+    best = answers["optimal"]
+    for policy, answer in answers.items():
+        if answer is None:
+            continue
+        assert validate(question, answer) == [], policy
+        assert best is not None, policy
+        if not is_resident(best):
+            assert best.predicted.step_s <= answer.predicted.step_s * (1 + 2e-6), policy
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(most_buckets=2, most_activations=3, most_gpu=30))
+def test_no_placement_at_all_is_below_the_bound(question: Problem) -> None:
+    answer = attempt(question, "optimal")
+    sound = every_placement(question)
+    if answer is None:
+        assert not sound
+        return
+    assert answer.optimality is not None
+    least = min(seconds for seconds, _ in sound)
+    assert answer.optimality.bound_s <= least * (1 + 1e-6)
+    if not is_resident(answer):
+        assert answer.predicted.step_s <= min(s.predicted.step_s for _, s in sound) * (1 + 1e-5)
+
+
+def without_clock(answer: Solution) -> Solution:
+    assert answer.optimality is not None
+    return dataclasses.replace(
+        answer, optimality=dataclasses.replace(answer.optimality, solve_s=0.0)
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems())
+def test_the_same_problem_has_the_same_plan(question: Problem) -> None:
+    answer = attempt(question, "optimal")
+    if answer is not None:
+        again = solve(Problem.from_json(question.to_json()), "optimal")
+        assert without_clock(answer) == without_clock(again)
+
+
+def test_a_deep_model_is_solved_within_two_hundredths_of_the_bound() -> None:
+    question = deep(64)
+    answer = solve(question, "optimal")
+    assert validate(question, answer) == []
+    assert answer.optimality is not None
+    assert 0 <= answer.optimality.gap < 0.02
