@@ -24,7 +24,9 @@ _PUBLIC = {
     "TrainingLoopError": "errors",
     "TransferError": "errors",
     "compile": "api",
+    "load": "checkpoint",
     "make_plan": "api",
+    "save": "checkpoint",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])
@@ -46,6 +48,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from .api import CompiledModel, compile, make_plan
     from .budget import Budget
+    from .checkpoint import load, save
     from .errors import (
         BudgetError,
         CaptureError,

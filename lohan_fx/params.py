@@ -17,6 +17,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import LohanError, TrainingLoopError
+from .piecewise import Value
 
 
 class Owner(Protocol):
@@ -258,7 +259,7 @@ class ManagedParams:
     ) -> None:
         self.names: list[str] = []
         self.stubs: list[torch.nn.Parameter] = []
-        self.values: dict[int, torch.Tensor] = {}
+        self.values: dict[int, Value] = {}
         self.aliases: dict[str, int] = {}  # every name, tied ones too -> pid
         pid_of: dict[int, int] = {}
         for name, param in model.named_parameters(remove_duplicate=False):

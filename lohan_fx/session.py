@@ -11,6 +11,7 @@ is complete: it happens under Dynamo's fake tensors, and may fail.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from .errors import CaptureError, LohanError, PlanMismatch, TrainingLoopError
 from .hardware import Hardware
 from .optim import Adam
 from .params import ManagedParams
+from .piecewise import Value, in_memory
 from .pins import Pins, best_of, forced_placements
 from .plan import Plan, PlanMove, build_plan
 from .planner import (
@@ -53,8 +55,10 @@ from .planner import (
     solve,
     validate,
 )
-from .program import Bucket, BucketPlacement, Tier
+from .program import Bucket, BucketPlacement, ParamSpec, Tier
+from .progress import progress_bar
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
+from .runtime.buckets import stored_pieces
 from .step import TracedStep
 
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
@@ -158,7 +162,86 @@ class Session:
         self._check_open()
         if self.runtime is not None and self._adopted:
             return self.runtime.weight(pid)
-        return self.params.values[pid].to("cpu", self.params.stubs[pid].dtype, copy=True)
+        value = in_memory(self.params.values[pid])
+        return value.to("cpu", self.params.stubs[pid].dtype, copy=True)
+
+    def read_piece(self, pid: int, section: str, start: int, out_N: torch.Tensor) -> None:
+        """Fill `out_N` (1-D, CPU) from element `start` of a parameter's section on.
+
+        Sections: "weight" (compute dtype); for trainable parameters "master", "exp_avg" and
+        "exp_avg_sq" (fp32). Elements are in the order of the parameter's strides. Call `rest` first.
+        """
+        if self.runtime is not None and self._adopted:
+            self.runtime.read_piece(pid, section, start, out_N)
+            return
+        value: Value | None = self.params.values[pid]
+        if section.startswith("exp"):
+            value = self._pending_state.get(pid, {}).get(section)
+        if value is None:
+            out_N.zero_()
+            return
+        spec = ParamSpec(
+            pid=pid,
+            name=self.names[pid],
+            shape=tuple(self.params.stubs[pid].shape),
+            stride=self.params.stubs[pid].stride(),
+            offset=0,
+            numel=self.params.stubs[pid].numel(),
+            trainable=pid in self.trainable,
+        )
+        through = torch.float32 if spec.trainable else out_N.dtype
+        piece_N = stored_pieces(spec, value, through)(start, start + out_N.numel())
+        out_N.copy_(piece_N.to(through))
+
+    def rest(self) -> None:
+        """Make what `read_piece` gives the state after the last step.
+
+        Raises:
+            TrainingLoopError: between backward and step(), or after an update that failed.
+        """
+        self._check_open()
+        if self.runtime is not None and self._adopted:
+            self.runtime.rest()
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps made, those before a checkpoint was loaded included."""
+        if self.runtime is not None and self._adopted:
+            return self.runtime.step_count
+        steps = [int(state["step"]) for state in self._pending_state.values() if "step" in state]
+        return max(steps, default=0)
+
+    def restore(
+        self,
+        values: Mapping[int, Value],
+        moments: Mapping[int, tuple[Value, Value]] | None,
+        step: int,
+        progress: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
+        """Set parameters (their masters) and, unless None, moments and the step count.
+
+        Where nothing is placed yet, values are only remembered: they are read when they are placed.
+        On failure in the middle, training goes on only after another restore.
+        """
+        self._check_open()
+        if self.runtime is None or not self._adopted:
+            self.params.values.update(values)
+            if moments is not None:
+                self._pending_state = {
+                    pid: {"step": torch.tensor(float(step)), "exp_avg": m, "exp_avg_sq": v}
+                    for pid, (m, v) in moments.items()
+                }
+            return
+        runtime = self.runtime
+        before = runtime.step_count
+        runtime.begin_restore()
+        for pid, value in values.items():
+            runtime.set_master(pid, value)
+            progress(_nbytes(value))
+        for pid, (exp_avg, exp_avg_sq) in (moments or {}).items():
+            runtime.set_moments(pid, exp_avg, exp_avg_sq)
+            progress(_nbytes(exp_avg) + _nbytes(exp_avg_sq))
+        runtime.step_count = before if moments is None else step
 
     def attach(self, optimizer: Adam) -> None:
         present = None if self._optimizer is None else self._optimizer()
@@ -207,7 +290,8 @@ class Session:
         if pid not in self.trainable:
             return {}
         if self.runtime is None or not self._adopted:
-            return dict(self._pending_state.get(pid, {}))
+            state = self._pending_state.get(pid, {})
+            return {name: in_memory(value) for name, value in state.items()}
         exp_avg, exp_avg_sq = self.runtime.moments(pid)
         return {
             "step": torch.tensor(float(self.runtime.step_count)),
@@ -347,18 +431,27 @@ class Session:
             runtime.add_program(captured.woven.program)
             self._known.add(index)
         if not self._adopted:
-            with self.timed("place"):
+            nbytes = sum(bucket.weight_bytes + bucket.state_bytes for bucket in self.buckets)
+            pending = self._pending_state
+            with self.timed("place"), progress_bar("Placing", nbytes) as progress:
                 runtime.place(captured.placements, captured.options)
                 runtime.adopt(
                     self.buckets,
                     dict(enumerate(self.params.stubs)),
                     self.params.values,
                     captured.placements,
+                    {
+                        pid: (state["exp_avg"], state["exp_avg_sq"])
+                        for pid, state in pending.items()
+                    },
+                    progress,
                 )
             self._adopted, self._placed = True, captured
-            for pid, state in self._pending_state.items():
-                self.set_optimizer_state(pid, state)
-            self._pending_state.clear()
+            for pid, state in pending.items():
+                if "master" in state:
+                    runtime.set_master(pid, state["master"])
+                runtime.step_count = int(state["step"])
+            pending.clear()
         elif self._placed is None or not _runs_within(captured, self._placed):
             with self.timed("place again"):
                 placed, self._placed = self._placed, None
@@ -468,6 +561,11 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise LohanError("this model was closed; build and compile it again")
+
+    @property
+    def optimizer(self) -> Adam | None:
+        """The optimizer made from these parameters, while it lives."""
+        return self._optimizer_now()
 
     def _optimizer_now(self) -> Adam | None:
         return None if self._optimizer is None else self._optimizer()
@@ -613,6 +711,10 @@ def _runs_within(program: Captured, placed: Captured) -> bool:
     if program.placements != placed.placements:
         return False
     return not program.training or program.options == placed.options
+
+
+def _nbytes(value: Value) -> int:
+    return math.prod(value.shape) * value.dtype.itemsize
 
 
 def _placement(place: BucketPlace) -> BucketPlacement:

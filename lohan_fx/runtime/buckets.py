@@ -8,19 +8,25 @@ Shapes: P = elements of one bucket, padding included; N = elements of one parame
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from lohan_fx.errors import LohanError, PlanMismatch
+from lohan_fx.errors import LohanError, PlanMismatch, TransferError
+from lohan_fx.piecewise import Piecewise, Value, in_memory
 from lohan_fx.program import Bucket, BucketPlacement, ParamSpec, Tier
 
-from .memory import PAGE, DeviceBytes, HostBytes, Pools, pages
+from .memory import PAGE, DeviceBytes, HostBytes, Pools, pages, slices
 
 SECTIONS = ("weight", "master", "exp_avg", "exp_avg_sq")
+
+# Elements in host memory at a time while values are set.
+PIECE_NUMEL = 4 << 20
 
 
 class Resting(Protocol):
@@ -36,7 +42,7 @@ class Resting(Protocol):
         """Store `data`, a 1-D uint8 tensor, from `offset` on."""
         ...
 
-    def zero(self) -> None: ...
+    def zero(self, offset: int, nbytes: int) -> None: ...
     def free(self) -> None: ...
 
 
@@ -57,8 +63,8 @@ class OnGpu:
     def write(self, offset: int, data: torch.Tensor) -> None:
         self.memory.bytes[offset : offset + data.numel()].copy_(data)
 
-    def zero(self) -> None:
-        self.memory.bytes.zero_()
+    def zero(self, offset: int, nbytes: int) -> None:
+        self.memory.bytes[offset : offset + nbytes].zero_()
 
     def free(self) -> None:
         self._pools.free_device(self.memory)
@@ -79,15 +85,18 @@ class InDram:
     def write(self, offset: int, data: torch.Tensor) -> None:
         self.memory.bytes[offset : offset + data.numel()].copy_(data)
 
-    def zero(self) -> None:
-        self.memory.bytes.zero_()
+    def zero(self, offset: int, nbytes: int) -> None:
+        self.memory.bytes[offset : offset + nbytes].zero_()
 
     def free(self) -> None:
         self._pools.free_host(self.memory)
 
 
 class OnSsd:
-    """Bytes in one extent. Unaligned pieces are read, changed and written back by whole pages."""
+    """Bytes in one extent, with several transfers in flight through the pools' bounce.
+
+    Unaligned pieces are read, changed and written back by whole pages.
+    """
 
     tier = Tier.SSD
 
@@ -97,57 +106,123 @@ class OnSsd:
         self._nbytes = pages(nbytes)
         self.extent = pools.extent(nbytes, what)
 
-    def _transfer(self, write: bool, offset: int, address: int, nbytes: int) -> None:
-        engine, waits = self._pools.engine, self._pools.waits
-        assert engine is not None
-        move = engine.write if write else engine.read
-        with waits.counted("placing"):
-            engine.wait(move(self.extent, offset, address, nbytes, self._what), waits.deadline_s)
+    def read(self, offset: int, out: torch.Tensor, through: HostBytes | None = None) -> None:
+        """See Resting; `through` is memory of whole pages to use in place of the pools' bounce,
+        which belongs to the thread that runs steps."""
 
-    def _chunks(self, offset: int, nbytes: int) -> Iterable[tuple[int, int, int, int]]:
-        """Cut a byte range into bounce-sized runs of pages.
+        def take(run: _Run, bounce: HostBytes) -> None:
+            found = bounce.bytes[run.start : run.start + run.wanted]
+            out[run.done : run.done + run.wanted].copy_(found)
 
-        Yields (first page's offset, bytes of pages, start within them, bytes wanted).
-        """
-        room = self._pools.bounce().nbytes
-        at, end = offset, offset + nbytes
-        while at < end:
-            base = at // PAGE * PAGE
-            stop = min(end, base + room)
-            yield base, pages(stop - base), at - base, stop - at
-            at = stop
-
-    def read(self, offset: int, out: torch.Tensor) -> None:
-        bounce = self._pools.bounce()
-        done = 0
-        for base, size, start, wanted in self._chunks(offset, out.numel()):
-            self._transfer(False, base, bounce.address, size)
-            out[done : done + wanted].copy_(bounce.bytes[start : start + wanted])
-            done += wanted
+        self._stream(False, offset, out.numel(), after=take, through=through)
 
     def write(self, offset: int, data: torch.Tensor) -> None:
-        bounce = self._pools.bounce()
-        done = 0
-        for base, size, start, wanted in self._chunks(offset, data.numel()):
+        def put(run: _Run, bounce: HostBytes) -> None:
             edges = set()
-            if start:
+            if run.start:
                 edges.add(0)
-            if start + wanted < size:
-                edges.add(size - PAGE)
+            if run.start + run.wanted < run.nbytes:
+                edges.add(run.nbytes - PAGE)
             for page in edges:
-                self._transfer(False, base + page, bounce.address + page, PAGE)
-            bounce.bytes[start : start + wanted].copy_(data[done : done + wanted])
-            self._transfer(True, base, bounce.address, size)
-            done += wanted
+                self._wait(self._begin(False, run.base + page, bounce.address + page, PAGE))
+            source = data[run.done : run.done + run.wanted]
+            bounce.bytes[run.start : run.start + run.wanted].copy_(source)
 
-    def zero(self) -> None:
-        bounce = self._pools.bounce()
-        bounce.bytes.zero_()
-        for base, size, _, _ in self._chunks(0, self._nbytes):
-            self._transfer(True, base, bounce.address, size)
+        self._stream(True, offset, data.numel(), before=put)
+
+    def zero(self, offset: int, nbytes: int) -> None:
+        clean: set[int] = set()
+
+        def put(run: _Run, bounce: HostBytes) -> None:
+            if bounce.address not in clean:
+                bounce.bytes.zero_()
+                clean.add(bounce.address)
+
+        assert offset % PAGE == 0
+        self._stream(True, offset, min(pages(nbytes), self._nbytes - offset), before=put)
 
     def free(self) -> None:
         self._pools.free_extent(self.extent)
+
+    def _begin(self, write: bool, offset: int, address: int, nbytes: int) -> int:
+        engine = self._pools.engine
+        assert engine is not None
+        move = engine.write if write else engine.read
+        return move(self.extent, offset, address, nbytes, self._what)
+
+    def _wait(self, ticket: int) -> None:
+        engine, waits = self._pools.engine, self._pools.waits
+        assert engine is not None
+        engine.wait(ticket, waits.deadline_s)
+
+    def _stream(
+        self,
+        write: bool,
+        offset: int,
+        nbytes: int,
+        before: Callable[[_Run, HostBytes], None] | None = None,
+        after: Callable[[_Run, HostBytes], None] | None = None,
+        through: HostBytes | None = None,
+    ) -> None:
+        """Transfer a byte range run by run, calling `before` and `after` each transfer."""
+        parts = slices(through, 4) if through is not None else self._pools.bounce(nbytes)
+        flight: deque[tuple[int, _Run, HostBytes]] = deque()
+
+        def land() -> None:
+            ticket, run, bounce = flight[0]
+            self._wait(ticket)
+            flight.popleft()
+            if after is not None:
+                after(run, bounce)
+
+        try:
+            with self._pools.waits.counted("placing"):
+                for index, run in enumerate(_runs(offset, nbytes, parts[0].nbytes)):
+                    if len(flight) == len(parts):
+                        land()
+                    bounce = parts[index % len(parts)]
+                    if before is not None:
+                        before(run, bounce)
+                    ticket = self._begin(write, run.base, bounce.address, run.nbytes)
+                    flight.append((ticket, run, bounce))
+                while flight:
+                    land()
+        except BaseException:
+            self._let_land(flight, through is None)
+            raise
+
+    def _let_land(self, flight: Iterable[tuple[int, _Run, HostBytes]], shared: bool) -> None:
+        """After a failure: what is still in flight must not touch memory that is used again."""
+        engine = self._pools.engine
+        assert engine is not None
+        for ticket, _, _ in flight:
+            if not engine.done(ticket):
+                with contextlib.suppress(TransferError):
+                    self._wait(ticket)
+            if not engine.done(ticket) and shared:
+                self._pools.forget_bounce()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Pages that one transfer moves: `wanted` bytes from `start` on are those asked for, of which
+    `done` came in earlier runs."""
+
+    base: int
+    nbytes: int
+    start: int
+    wanted: int
+    done: int
+
+
+def _runs(offset: int, nbytes: int, room: int) -> Iterable[_Run]:
+    """Cut a byte range into runs of at most `room` bytes."""
+    at, end = offset, offset + nbytes
+    while at < end:
+        base = at // PAGE * PAGE
+        stop = min(end, base + room)
+        yield _Run(base, pages(stop - base), at - base, stop - at, at - offset)
+        at = stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,27 +317,91 @@ class BucketHome:
         place.home.read(place.offset + spec.offset * dtype.itemsize, flat_N.view(torch.uint8))
         return flat_N.as_strided(spec.shape, spec.stride)
 
-    def store(self, spec: ParamSpec, section: str, value: torch.Tensor) -> None:
-        """Set one parameter's values of a section, rounding to its dtype."""
+    def read_piece(
+        self,
+        spec: ParamSpec,
+        section: str,
+        start: int,
+        out_N: torch.Tensor,
+        through: HostBytes | None = None,
+    ) -> None:
+        """Fill `out_N`, of the section's dtype, from the stored element `start` of a parameter on.
+
+        `through` is for threads other than that of the steps; see OnSsd.read.
+        """
         place, dtype = self.place(section), self.section_dtype(section)
-        flat_N = dense(spec, value.detach(), dtype)
-        place.home.write(place.offset + spec.offset * dtype.itemsize, flat_N.view(torch.uint8))
+        assert out_N.dtype == dtype
+        offset, out = place.offset + (spec.offset + start) * dtype.itemsize, out_N.view(torch.uint8)
+        if through is not None and isinstance(place.home, OnSsd):
+            place.home.read(offset, out, through)
+        else:
+            place.home.read(offset, out)
 
-    def fill(self, values: MutableMapping[int, torch.Tensor]) -> None:
-        """Take each parameter's value out of `values`; moments start at zero."""
-        self.weight.zero()
-        if self.state is not None:
-            self.state.zero()
-        for spec in self.bucket.params:
-            self.set_value(spec, values[spec.pid])
-            del values[spec.pid]
+    def store(self, spec: ParamSpec, sections: Sequence[str], value: Value) -> None:
+        """Set one parameter's values of `sections`, piece by piece.
 
-    def set_value(self, spec: ParamSpec, value: torch.Tensor) -> None:
-        """Set a parameter's master and, rounded from that, its weight."""
+        Each section rounds from the one before it, the first one from the value.
+        """
+        piece = stored_pieces(spec, value, self.section_dtype(sections[0]))
+        for start in range(0, spec.numel, PIECE_NUMEL):
+            data_N = piece(start, min(start + PIECE_NUMEL, spec.numel)).to("cpu")
+            for section in sections:
+                place, dtype = self.place(section), self.section_dtype(section)
+                data_N = data_N.to(dtype)
+                at = place.offset + (spec.offset + start) * dtype.itemsize
+                place.home.write(at, data_N.view(torch.uint8))
+
+    def fill(self, values: Mapping[int, Value], moments: Mapping[int, tuple[Value, Value]]) -> None:
+        """Set every parameter. Moments that are not given become zero, as does padding.
+
+        Each byte is written once.
+        """
+        specs = self.bucket.params
         if self.bucket.has_master:
-            self.store(spec, "master", value)
-            value = value.detach().to(torch.float32)
-        self.store(spec, "weight", value)
+            self._fill(("master", "weight"), {s.pid: values[s.pid] for s in specs})
+        else:
+            self._fill(("weight",), {s.pid: values[s.pid] for s in specs})
+        if self.state is None:
+            return
+        for index, section in enumerate(("exp_avg", "exp_avg_sq")):
+            given = {s.pid: moments[s.pid][index] for s in specs if s.pid in moments}
+            if given:
+                self._fill((section,), given)
+            else:
+                place = self.place(section)
+                place.home.zero(place.offset, self.bucket.numel * 4)
+
+    def _fill(self, sections: Sequence[str], values: Mapping[int, Value]) -> None:
+        """Set whole sections, zero where there is no value; as for store()."""
+        numel, dtype = self.bucket.numel, self.section_dtype(sections[0])
+        pieces = [
+            (spec, stored_pieces(spec, values[spec.pid], dtype))
+            for spec in self.bucket.params
+            if spec.pid in values
+        ]
+        image_P = torch.empty(min(numel, PIECE_NUMEL), dtype=dtype)
+        for start in range(0, numel, PIECE_NUMEL):
+            stop = min(start + PIECE_NUMEL, numel)
+            part_P = image_P[: stop - start]
+            part_P.zero_()
+            for spec, piece in pieces:
+                first, last = max(spec.offset, start), min(spec.offset + spec.numel, stop)
+                if first < last:
+                    found_N = piece(first - spec.offset, last - spec.offset)
+                    part_P[first - start : last - start].copy_(found_N)
+            for section in sections:
+                place, dtype = self.place(section), self.section_dtype(section)
+                data = part_P.to(dtype).view(torch.uint8)
+                place.home.write(place.offset + start * dtype.itemsize, data)
+
+    def zero_moments(self) -> None:
+        for section in ("exp_avg", "exp_avg_sq"):
+            place = self.place(section)
+            place.home.zero(place.offset, self.bucket.numel * 4)
+
+    def set_value(self, spec: ParamSpec, value: Value) -> None:
+        """Set a parameter's master and, rounded from that, its weight."""
+        self.store(spec, ("master", "weight") if self.bucket.has_master else ("weight",), value)
 
     def free(self) -> None:
         self.weight.free()
@@ -310,19 +449,23 @@ class BucketStore:
         self._pools = pools
         self.homes: dict[int, BucketHome] = {}
         self._where: dict[int, tuple[int, ParamSpec]] = {}
+        self._sources: dict[int, Piecewise] = {}  # while adopting: what was placed from a file
 
     def adopt(
         self,
         buckets: Sequence[Bucket],
-        values: MutableMapping[int, torch.Tensor],
+        values: MutableMapping[int, Value],
         placements: Sequence[BucketPlacement],
+        moments: Mapping[int, tuple[Value, Value]],
+        progress: Callable[[int], None],
     ) -> None:
         """Place every bucket and fill it, one at a time, emptying `values` on the way.
 
-        On failure the values are back in `values`, masters as fp32, and nothing is held.
+        `progress` is told the bytes of each bucket placed. On failure the values are back in
+        `values`, masters as fp32, and nothing is held.
         """
         try:
-            self._adopt(buckets, values, placements)
+            self._adopt(buckets, values, placements, moments, progress)
         except BaseException:
             self.give_back(values)
             raise
@@ -330,8 +473,10 @@ class BucketStore:
     def _adopt(
         self,
         buckets: Sequence[Bucket],
-        values: MutableMapping[int, torch.Tensor],
+        values: MutableMapping[int, Value],
         placements: Sequence[BucketPlacement],
+        moments: Mapping[int, tuple[Value, Value]],
+        progress: Callable[[int], None],
     ) -> None:
         for bucket, placement in zip(buckets, placements, strict=True):
             for spec in bucket.params:
@@ -339,16 +484,24 @@ class BucketStore:
                 self._where[spec.pid] = (bucket.index, spec)
             home = BucketHome(self._pools, bucket, placement)
             self.homes[bucket.index] = home
-            home.fill(values)
+            home.fill(values, moments)
+            for spec in bucket.params:
+                value = values.pop(spec.pid)
+                if not isinstance(value, torch.Tensor):
+                    self._sources[spec.pid] = value
+            progress(bucket.weight_bytes + bucket.state_bytes)
+        self._sources.clear()
         self._pools.drop_bounce()
 
-    def give_back(self, values: MutableMapping[int, torch.Tensor]) -> None:
+    def give_back(self, values: MutableMapping[int, Value]) -> None:
         """Undo adopt()."""
         while self.homes:
             _, home = self.homes.popitem()
             section = "master" if home.bucket.trainable else "weight"
             for spec in home.bucket.params:
-                if spec.pid not in values:
+                if spec.pid in self._sources:
+                    values[spec.pid] = self._sources.pop(spec.pid)
+                elif spec.pid not in values:
                     values[spec.pid] = home.load(spec, section)
             home.free()
         self._where.clear()
@@ -446,6 +599,27 @@ def dense(spec: ParamSpec, value: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     flat_N = torch.empty(spec.numel, dtype=dtype, device=value.device)
     flat_N.as_strided(spec.shape, spec.stride).copy_(value)
     return flat_N
+
+
+def stored_pieces(
+    spec: ParamSpec, value: Value, dtype: torch.dtype
+) -> Callable[[int, int], torch.Tensor]:
+    """A function that gives elements [start, stop) of `value` in the order a bucket stores them.
+
+    Pieces may still have the value's own dtype and device. A value in memory passes through `dtype`
+    as a whole only where its layout differs from the bucket's.
+    """
+    if not isinstance(value, torch.Tensor):
+        row_major = torch.empty(spec.shape, device="meta").stride()
+        if same_layout(spec.shape, spec.stride, value.shape, row_major):
+            return value.piece
+        value = in_memory(value)
+    value = value.detach()
+    if same_layout(spec.shape, spec.stride, value.shape, value.stride()):
+        flat_N = value.as_strided((spec.numel,), (1,), value.storage_offset())
+    else:
+        flat_N = dense(spec, value, dtype)
+    return lambda start, stop: flat_N[start:stop]
 
 
 def _check_dense(spec: ParamSpec) -> None:

@@ -21,8 +21,11 @@ from .waits import Waits
 
 PAGE = 4096
 
-# Blocking copies between SSD and elsewhere (placing, migrating, state_dict) pass through this much.
+# Blocking copies between SSD and elsewhere (placing, checkpoints, state_dict) pass through this much:
+# a few requests in flight for large ones, little memory for single parameters.
 _BOUNCE_BYTES = 4 << 20
+_LARGE_BOUNCE_BYTES = 64 << 20
+_BOUNCE_SLICES = 8
 
 
 def pages(nbytes: int) -> int:
@@ -92,6 +95,18 @@ class DeviceBytes:
     nbytes: int
 
 
+def slices(memory: HostBytes, most: int) -> list[HostBytes]:
+    """At most `most` equal parts of whole pages; they do not own their memory."""
+    num = min(most, memory.nbytes // PAGE)
+    size = memory.nbytes // num // PAGE * PAGE
+    return [
+        HostBytes(
+            None, memory.bytes[i * size : (i + 1) * size], memory.pinned, memory.address + i * size
+        )
+        for i in range(num)
+    ]
+
+
 class Pools:
     """The three tiers. Owns every host buffer and every extent until close()."""
 
@@ -114,6 +129,7 @@ class Pools:
         self._hosts: dict[int, HostBytes] = {}
         self._extents: dict[int, int] = {}
         self._bounce: HostBytes | None = None
+        self._bounce_is_most = False  # there was no room for a larger one
 
     # GPU
 
@@ -206,18 +222,27 @@ class Pools:
         self.ssd.give(self._extents.pop(extent))
         self.engine.release(extent)
 
-    def bounce(self) -> HostBytes:
-        """The buffer of blocking SSD copies: as large as the budget has room, at least one page.
+    def bounce(self, nbytes: int = PAGE) -> list[HostBytes]:
+        """Buffers of equal size for blocking SSD copies, to be used round robin.
 
-        Plans ignore it, so it makes way for whatever else wants memory.
+        Larger ones where `nbytes` are to be copied at once; never more than the budget has room for,
+        but at least one page. Plans ignore them, so they make way for whatever else wants memory.
         """
+        most = _BOUNCE_BYTES if nbytes <= _BOUNCE_BYTES else _LARGE_BOUNCE_BYTES
+        if self._bounce is not None and self._bounce.nbytes < most and not self._bounce_is_most:
+            self.drop_bounce()
         if self._bounce is None:
             room = self.dram.room_bytes
-            size = _BOUNCE_BYTES if room is None else min(_BOUNCE_BYTES, room // PAGE * PAGE)
+            size = most if room is None else min(most, room // PAGE * PAGE)
+            self._bounce_is_most = size < most
             size = max(size, PAGE)
             self.dram.hold(size)
             self._bounce = self._map(size, pinned=False)
-        return self._bounce
+        return slices(self._bounce, _BOUNCE_SLICES)
+
+    def forget_bounce(self) -> None:
+        """Keep it until close(), for nothing: a transfer that does not end may still touch it."""
+        self._bounce = None
 
     def drop_bounce(self) -> None:
         if self._bounce is not None:

@@ -15,13 +15,14 @@ import contextlib
 import enum
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from lohan_fx import native, ops
 from lohan_fx.errors import LohanError, PlanMismatch, TrainingLoopError
+from lohan_fx.piecewise import Value
 from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, BucketPlacement, Program, Tier
 
@@ -241,12 +242,15 @@ class Runtime:
         self,
         buckets: Sequence[Bucket],
         stubs: Mapping[int, torch.nn.Parameter],
-        values: MutableMapping[int, torch.Tensor],
+        values: MutableMapping[int, Value],
         placements: Sequence[BucketPlacement],
+        moments: Mapping[int, tuple[Value, Value]] | None = None,
+        progress: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         """Take the values of all parameters and place them; `values` is empty of them afterwards.
 
-        Masters keep every bit of an fp32 value; moments start at zero. On failure the values are
+        Masters keep every bit of an fp32 value; moments (exp_avg, exp_avg_sq) start at zero unless
+        given. `progress` is told the bytes placed since its last call. On failure the values are
         back in `values`.
 
         Raises:
@@ -265,7 +269,7 @@ class Runtime:
                         f"{spec.shape} {bucket.dtype}"
                     )
         with torch.inference_mode(False), torch.no_grad():
-            self._parts.store.adopt(buckets, values, placements)
+            self._parts.store.adopt(buckets, values, placements, moments or {}, progress)
             try:
                 self._open_windows()
             except BaseException:
@@ -468,13 +472,51 @@ class Runtime:
         home, spec = self._parts.store.find(pid)
         return home.load(spec, "exp_avg"), home.load(spec, "exp_avg_sq")
 
-    def set_master(self, pid: int, value: torch.Tensor) -> None:
+    def read_piece(self, pid: int, section: str, start: int, out_N: torch.Tensor) -> None:
+        """Fill `out_N` from element `start` of a parameter's section on, in the order of its strides.
+
+        Sections are "weight" (compute dtype) and, where it is trainable, "master", "exp_avg" and
+        "exp_avg_sq" (fp32). The last update must be complete: see `rest`.
+        """
+        home, spec = self._parts.store.find(pid)
+        home.read_piece(spec, section, start, out_N)
+
+    def rest(self) -> None:
+        """Make the values at rest those after the last step, for `read_piece`.
+
+        Raises:
+            TrainingLoopError: in the middle of a step, or after an update that failed.
+        """
+        self._quiet()
+        self._check_torn()
+        if self.gradients_pending:
+            raise TrainingLoopError(
+                "between backward and opt.step() there is no whole state; call opt.step() first"
+            )
+
+    def begin_restore(self) -> None:
+        """From here on the values are those of no step, until `step_count` is set.
+
+        Raises:
+            TrainingLoopError: gradients wait for step().
+        """
+        self._quiet()
+        if self.gradients_pending:
+            raise TrainingLoopError(
+                "a checkpoint cannot be loaded between backward and opt.step(); call opt.step() first"
+            )
+        self._updates.torn = (
+            "loading a checkpoint stopped in the middle, so the weights are a mixture; load it "
+            "again"
+        )
+
+    def set_master(self, pid: int, value: Value) -> None:
         """Set a parameter: its master and, rounded from that, its weight."""
         self._quiet()
         home, spec = self._parts.store.find(pid)
         home.set_value(spec, value)
 
-    def set_moments(self, pid: int, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+    def set_moments(self, pid: int, exp_avg: Value, exp_avg_sq: Value) -> None:
         """Set both moments.
 
         Raises:
@@ -482,18 +524,15 @@ class Runtime:
         """
         self._quiet()
         home, spec = self._parts.store.find(pid)
-        home.store(spec, "exp_avg", exp_avg)
-        home.store(spec, "exp_avg_sq", exp_avg_sq)
+        home.store(spec, ("exp_avg",), exp_avg)
+        home.store(spec, ("exp_avg_sq",), exp_avg_sq)
 
     def reset_moments(self) -> None:
         """Both moments of every parameter to zero, steps to 0: where a new optimizer starts."""
         self._quiet()
         for home in self._parts.store.homes.values():
             if home.bucket.trainable:
-                for spec in home.bucket.params:
-                    zeros = torch.zeros(spec.shape)
-                    home.store(spec, "exp_avg", zeros)
-                    home.store(spec, "exp_avg_sq", zeros)
+                home.zero_moments()
         self.step_count = 0
 
     # Reports

@@ -1,0 +1,16 @@
+"""Checkpoints, and weights from files: streamed, checked, replaced as a whole.
+
+saving      tiers -> directory
+loading     directory -> tiers
+inventory   which tensors, under which names
+shards      safetensors files, piece by piece
+directory   putting a new directory in place of the old one
+manifest    lohan_fx.json
+"""
+
+from __future__ import annotations
+
+from .loading import Loaded, load
+from .saving import save
+
+__all__ = ["Loaded", "load", "save"]
