@@ -49,7 +49,12 @@ class CompiledModel(torch.nn.Module):
 
     def report(self) -> str:
         """Tiers, predicted times and bytes, and what the runtime has measured so far, as text."""
-        return report_text(self.plan, self._lohan.stats(), self._lohan.seconds)
+        return report_text(
+            self.plan,
+            self._lohan.stats(),
+            self._lohan.seconds,
+            self._lohan.settings.hardware.source,
+        )
 
     def graphs(self) -> dict[str, str]:
         """The rewritten graphs of the step captured last, as readable Python.
@@ -162,7 +167,7 @@ def compile(
     policy: Policy = "greedy",
     plan: Plan | str | os.PathLike[str] | None = None,
     pin: Pins | None = None,
-    hardware: machines.Hardware | str | None = None,
+    hardware: machines.Hardware | str | os.PathLike[str] | None = None,
     lowering: str = "inductor",
     poison: bool = False,
     bucket_numel: int | None = None,
@@ -184,7 +189,8 @@ def compile(
         policy: who plans: "greedy", or a callable (Problem, Forced) -> Solution.
         plan: replay this plan (an object or a JSON file) instead of solving.
         pin: places to insist on, by name: {"model.layers.0.*": "ssd"}; see `lohan_fx.pins`.
-        hardware: rates to plan with, or a preset's name; None looks at this machine.
+        hardware: rates to plan with, a preset's name, or the JSON file of `python -m lohan_fx.probe`;
+            None takes what was measured on this machine, else looks at it.
         lowering: "inductor", or "aten" for plain ATen kernels (slower; any two plans give bit-equal
             numbers).
         poison: fill memory that may no longer be read with NaN (a debugging aid; CPU device).
@@ -225,7 +231,7 @@ def make_plan(
     budget: str | int | Budget,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     *,
-    hardware: machines.Hardware | str | None = None,
+    hardware: machines.Hardware | str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     policy: Policy = "greedy",
     overlap: str = "auto",
@@ -271,7 +277,7 @@ def trace_step(
     budget: str | int | Budget,
     example_inputs: Mapping[str, Any] | Sequence[Any],
     *,
-    hardware: machines.Hardware | str | None = None,
+    hardware: machines.Hardware | str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     overlap: str = "auto",
     lowering: str = "inductor",
@@ -345,7 +351,7 @@ def _settings(
     overlap: str,
     policy: Policy,
     plan: Plan | str | os.PathLike[str] | None,
-    hardware: machines.Hardware | str | None,
+    hardware: machines.Hardware | str | os.PathLike[str] | None,
     lowering: str,
     poison: bool,
     bucket_numel: int | None,
@@ -465,10 +471,12 @@ def _device(device: torch.device | str | None) -> torch.device:
     return where
 
 
-def _hardware(hardware: machines.Hardware | str | None, device: torch.device) -> machines.Hardware:
+def _hardware(
+    hardware: machines.Hardware | str | os.PathLike[str] | None, device: torch.device
+) -> machines.Hardware:
     if isinstance(hardware, machines.Hardware):
         return hardware
-    if isinstance(hardware, str):
+    if isinstance(hardware, str | os.PathLike):
         return machines.load(hardware)
     if device.type == "cpu":
         return machines.detect()

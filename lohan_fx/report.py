@@ -19,9 +19,15 @@ _CLASSES = (
 
 
 def report_text(
-    plan: Plan, stats: RuntimeStats | None, setup_s: Mapping[str, float] | None = None
+    plan: Plan,
+    stats: RuntimeStats | None,
+    setup_s: Mapping[str, float] | None = None,
+    rates: str = "",
 ) -> str:
-    """Bytes by tensor class and place, peaks against the budget, predicted times, measured bytes."""
+    """Bytes by tensor class and place, peaks against the budget, predicted times, measured bytes.
+
+    `rates` says where the hardware's rates come from.
+    """
     where = (*_TIERS, "recompute")
     bytes_of: Counter[tuple[str, str]] = Counter()
     for tensor in plan.tensors:
@@ -47,6 +53,8 @@ def report_text(
             f"predicted step {predicted.step_s:.3g} s (forward {predicted.forward_s:.3g}, backward "
             f"{predicted.backward_s:.3g}), limited by {predicted.bottleneck}; lanes busy, s: {lanes}"
         )
+    if rates:
+        lines.append(f"rates of {plan.hardware}: {rates}")
     if stats is not None:
         lines.append(
             "moved so far: "

@@ -1,6 +1,7 @@
 """Where everything lives during a training step: Problem -> Solution, without torch.
 
 problem   the question: stages, buckets, activations, lanes, capacities
+schedule  where in a pass each move stands; the compiler uses it too
 solution  the answer
 cost      the model of time and memory that solvers search with
 least     where a search begins; the least each tier must hold

@@ -436,6 +436,7 @@ def test_the_report_and_the_graphs_read_well(tmp_path: Path) -> None:
         "activations",
         "planned peak",
         "budget",
+        "rates generic",
     ):
         assert word in text
     graphs = model.graphs()

@@ -1,23 +1,13 @@
 """Put the plan into forward and backward graphs as lohan ops.
 
-A graph is rebuilt in one walk. Where each move goes is decided beforehand as an `Insertion`: "before
-the compute node at this position". At one position, what ends comes first, then what starts ahead of
-time, then what must have arrived:
-
-    release, offload, offload_wait   values whose last reader has just been passed
-    fetch, reload                    copies issued ahead of their use
-    wait, reload_wait                values the next node reads
-
-[Note: windows] A copy is issued as early as a window in bytes allows: value j is fetched just before
-the wait of value i when the values after i up to and including j fit the window. So the bytes that
-have been issued and not waited for never exceed the window (or one value, where that is larger).
+A graph is rebuilt in one walk. Where each move goes is decided beforehand, by the rules of
+planner/schedule.py at the granularity of nodes: "before the compute node at this position".
 """
 
 from __future__ import annotations
 
-import enum
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +15,7 @@ from torch import fx
 
 from lohan_fx import ops
 from lohan_fx.errors import CaptureError, PassError
+from lohan_fx.planner import schedule
 from lohan_fx.program import Bucket, Move, Program, Slot, Tier
 
 from .values import (
@@ -37,27 +28,17 @@ from .values import (
 )
 
 
-class Phase(enum.IntEnum):
-    """Order of moves at one position; see the module docstring."""
-
-    ENDS = 0
-    AHEAD = 1
-    ARRIVES = 2
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Insertion:
-    position: int
-    phase: Phase
-    sequence: int
-    op: str
-    arg: int
+    """A move, and the value it takes where it takes one."""
+
+    move: schedule.Placed
     tensor: fx.Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Bytes that may be on their way at once, by kind of move; see [Note: windows]."""
+    """Bytes that may be on their way at once, by kind of move; see schedule's [Note: windows]."""
 
     fetch_bytes: int
     reload_bytes: int
@@ -100,10 +81,8 @@ class Weaver:
     def end(self) -> int:
         return len(self.compute)
 
-    def insert(
-        self, position: int, phase: Phase, op: str, arg: int, tensor: fx.Node | None = None
-    ) -> None:
-        self.insertions.append(Insertion(position, phase, len(self.insertions), op, arg, tensor))
+    def insert(self, moves: Iterable[schedule.Placed]) -> None:
+        self.insertions += [Insertion(move) for move in moves]
 
     def stage_start(self, position: int) -> int:
         """The first position of the run of nodes of one stage that `position` is in."""
@@ -118,19 +97,6 @@ class Weaver:
         while position < self.end and self.compute[position].meta.get("lohan_stage") == stage:
             position += 1
         return position
-
-    def issue_ahead(self, op: str, waits: Sequence[tuple[int, int, int]], window: int) -> None:
-        """Insert the start of each (position, arg, nbytes), given in wait order; [Note: windows]."""
-        first, ahead = 0, 0
-        for index, (_, arg, nbytes) in enumerate(waits):
-            ahead += nbytes
-            while first < index and ahead > window:
-                ahead -= waits[first][2]
-                first += 1
-            # Everything in waits[first:index + 1] may be on its way together, so this one starts
-            # once what came before waits[first] has been waited for.
-            position = 0 if first == 0 and ahead <= window else waits[first][0]
-            self.insert(position, Phase.AHEAD, op, arg)
 
     def parameters(
         self, param_of: Mapping[fx.Node, int], layout: Layout, window: int, *, backward: bool
@@ -152,19 +118,24 @@ class Weaver:
             last = max(self.position[use] for use in uses)
             low, high = spans.get(bucket, (first, last))
             spans[bucket] = (min(low, first), max(high, last))
-        waits = []
-        for bucket, (first, last) in spans.items():
-            resident = bucket in layout.resident
-            early = resident and (backward or bucket not in layout.refreshed)
-            nbytes = 0 if resident else layout.buckets[bucket].weight_bytes
-            waits.append((0 if early else first, bucket, nbytes))
-            # A resident bucket has no memory to give back: leave the region whole.
-            end = self.stage_end(last) if resident else last + 1
-            self.insert(end, Phase.ENDS, "release", bucket)
-        waits.sort()
-        self.issue_ahead("fetch", waits, window)
-        for position, bucket, _ in waits:
-            self.insert(position, Phase.ARRIVES, "wait", bucket)
+        self.insert(
+            schedule.weight_moves(
+                [
+                    schedule.WeightUse(
+                        bucket,
+                        first,
+                        last,
+                        self.stage_end(last),
+                        layout.buckets[bucket].weight_bytes,
+                        resident=bucket in layout.resident,
+                        refreshed=bucket in layout.refreshed,
+                    )
+                    for bucket, (first, last) in spans.items()
+                ],
+                window,
+                backward=backward,
+            )
+        )
 
     def offloads(self, slots: Sequence[tuple[Slot, fx.Node]], window: int) -> None:
         """Move swapped activations out at the end of the stage that reads them last."""
@@ -177,33 +148,25 @@ class Weaver:
                     if use in self.position
                 ),
             )
-            leaving.append((self.stage_end(last), slot, node))
-        leaving.sort(key=lambda item: (item[0], item[1].index))
-        in_flight: list[Slot] = []
-        for position, slot, node in leaving:
-            while in_flight and sum(s.nbytes for s in in_flight) + slot.nbytes > window:
-                self.insert(position, Phase.ENDS, "offload_wait", in_flight.pop(0).index)
-            self.insert(position, Phase.ENDS, "offload", slot.index, node)
-            in_flight.append(slot)
-        for slot in in_flight:
-            self.insert(self.end, Phase.ENDS, "offload_wait", slot.index)
+            leaving.append(schedule.Use(self.stage_end(last), slot.index, slot.nbytes))
+        node_of = {slot.index: node for slot, node in slots}
+        for move in schedule.offload_moves(leaving, self.end, window):
+            tensor = node_of[move.arg] if move.op == "offload" else None
+            self.insertions.append(Insertion(move, tensor))
 
     def reloads(self, slots: Sequence[tuple[Slot, fx.Node]], window: int) -> None:
         """Bring swapped activations back by the start of the stage that reads them first."""
         waits = []
         for slot, placeholder in slots:
             first = min(self.position[user] for user in placeholder.users if user.op != "output")
-            waits.append((self.stage_start(first), slot.index, slot.nbytes))
-        waits.sort()
-        self.issue_ahead("reload", waits, window)
-        for position, index, _ in waits:
-            self.insert(position, Phase.ARRIVES, "reload_wait", index)
+            waits.append(schedule.Use(self.stage_start(first), slot.index, slot.nbytes))
+        self.insert(schedule.reload_moves(waits, window))
 
     def gradients(self, gradient_of: Mapping[int, fx.Node]) -> None:
         """Hand every parameter's gradient over right after it is computed."""
         for pid, node in gradient_of.items():
-            after = self.position[node] + 1 if node in self.position else 0
-            self.insert(after, Phase.ENDS, "grad", pid, node)
+            move = schedule.gradient_move(self.position.get(node, -1), pid)
+            self.insertions.append(Insertion(move, node))
 
     def rebuild(
         self,
@@ -244,18 +207,18 @@ class Weaver:
         moves: list[Move] = []
         at: dict[int, list[Insertion]] = {}
         for insertion in self.insertions:
-            at.setdefault(insertion.position, []).append(insertion)
+            at.setdefault(insertion.move.position, []).append(insertion)
 
         def emit(position: int) -> None:
-            for insertion in sorted(at.get(position, ()), key=lambda i: (i.phase, i.sequence)):
-                tensor = insertion.tensor
+            for insertion in sorted(at.get(position, ()), key=lambda i: i.move.phase):
+                op, arg, tensor = insertion.move.op, insertion.move.arg, insertion.tensor
                 source = None if tensor is None else env[tensor]
-                if insertion.op == "grad" and tensor is not None:
-                    source = self._gradient(new, source, tensor, pid_node[insertion.arg])
-                call = self._call(new, insertion.op, insertion.arg, source)
-                moves.append(Move(insertion.op, insertion.arg))
-                if insertion.op == "wait":
-                    bucket = layout.buckets[insertion.arg]
+                if op == "grad" and tensor is not None:
+                    source = self._gradient(new, source, tensor, pid_node[arg])
+                call = self._call(new, op, arg, source)
+                moves.append(Move(op, arg))
+                if op == "wait":
+                    bucket = layout.buckets[arg]
                     for spec in bucket.params:
                         node = pid_node.get(spec.pid)
                         if node is None or not any(u.op != "output" for u in node.users):
@@ -263,8 +226,8 @@ class Weaver:
                         item = new.call_function(operator.getitem, (call, place[spec.pid][1]))
                         item.meta["val"] = node.meta["val"]
                         env[node] = item
-                elif insertion.op == "reload_wait":
-                    node = slot_nodes[insertion.arg]
+                elif op == "reload_wait":
+                    node = slot_nodes[arg]
                     call.meta["val"] = node.meta["val"]
                     env[node] = call
 

@@ -1,0 +1,167 @@
+"""Machines from files, and this one: measured where it has been, else guessed from its GPU's name."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+from lohan_fx.budget import Machine
+from lohan_fx.errors import LohanError
+
+from .presets import PRESETS, preset, server
+from .rates import Hardware
+
+log = logging.getLogger(__name__)
+
+_GB = 1e9
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept: LOHAN_FX_CACHE, or lohan_fx in the user's cache folder."""
+    chosen = os.environ.get("LOHAN_FX_CACHE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lohan_fx"
+
+
+def default_file() -> Path:
+    """The file of this machine's rates that planning takes when no hardware is named."""
+    return cache_dir() / "machine.json"
+
+
+def load(name_or_path: str | os.PathLike[str], num_ssds: int | None = None) -> Hardware:
+    """A preset by name, or a machine from the JSON file that measuring it wrote.
+
+    Raises LohanError for an unknown name, or a file that cannot be read or is none of a machine.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        return preset(os.fspath(name_or_path), num_ssds)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise LohanError(f"the hardware file {path} cannot be read: {exc}") from exc
+    return Hardware.from_json(text)
+
+
+def detect() -> Hardware:
+    """This machine without a GPU: the "GPU" is an accounted part of its memory.
+
+    Cheap, and without torch: sizes are asked for; rates are those that `python -m lohan_fx.probe`
+    measured here, else generic.
+    """
+    here = Machine.here()
+    ssd_bytes = _free_ssd_bytes(here)
+    return _measured("cpu", here, ssd_bytes) or _cpu(here.dram_free_bytes, ssd_bytes)
+
+
+def nearest(gpu_name: str) -> Hardware:
+    """This machine with its GPU, given the GPU's name as the driver says it.
+
+    Sizes are this machine's. Rates are those that `python -m lohan_fx.probe` measured here, else
+    those of the preset with that GPU, else a modest GPU's; `source` says which.
+    """
+    here = Machine.here()
+    ssd_bytes = _free_ssd_bytes(here)
+    measured = _measured(gpu_name, here, ssd_bytes)
+    if measured is not None:
+        return measured
+    known = [p for p in map(preset, PRESETS) if p.gpu_name == gpu_name and p.name[:5] != "lohan"]
+    if known:
+        base, note = known[0], f"rates of preset {known[0].name} ({known[0].source})"
+    else:
+        base = server("generic", gpu_name, 0, 100.0, 10.0, 800.0, 20.0)
+        note = (
+            f"no preset has a {gpu_name!r}, so rates are a modest GPU's; measure this machine with "
+            "`python -m lohan_fx.probe`"
+        )
+    return dataclasses.replace(
+        base,
+        name=base.name if known else f"generic {gpu_name}",
+        source=f"sizes asked of this machine; {note}",
+        dram_bytes=here.dram_free_bytes,
+        ssd_bytes=ssd_bytes,
+    )
+
+
+def _measured(gpu_name: str, here: Machine, ssd_bytes: int) -> Hardware | None:
+    """What the default file says, if it is about this machine with this GPU; sizes are today's."""
+    path = default_file()
+    if not path.exists():
+        return None
+    try:
+        found = load(path)
+    except LohanError as exc:
+        log.warning("%s is not used: %s", path, exc)
+        return None
+    if (found.gpu_name, found.cpu_name) != (gpu_name, cpu_name()):
+        log.info(
+            "%s is not used: it is of %s on %s, this is %s on %s",
+            path,
+            found.gpu_name,
+            found.cpu_name,
+            gpu_name,
+            cpu_name(),
+        )
+        return None
+    # A disk that was not measured has no rate; a budget that names one needs some.
+    generic = _cpu(here.dram_free_bytes, ssd_bytes)
+    unmeasured = not found.ssd_read_bytes_per_s
+    return dataclasses.replace(
+        found,
+        dram_bytes=here.dram_free_bytes,
+        ssd_bytes=ssd_bytes,
+        ssd_read_bytes_per_s=found.ssd_read_bytes_per_s or generic.ssd_read_bytes_per_s,
+        ssd_write_bytes_per_s=found.ssd_write_bytes_per_s or generic.ssd_write_bytes_per_s,
+        source=found.source + ("; SSD not measured, taken as 1 GB/s" if unmeasured else ""),
+    )
+
+
+def cpu_name() -> str:
+    """The CPU's model and the number of CPUs, as "Intel(R) Xeon(R) ..., 16 CPUs"."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return f"{model}, {os.cpu_count() or 1} CPUs"
+
+
+def _free_ssd_bytes(machine: Machine) -> int:
+    where = machine.default_ssd_dir
+    return 0 if where is None else machine.ssd_free_bytes(where)
+
+
+def _cpu(dram_bytes: int, ssd_bytes: int) -> Hardware:
+    cores = psutil.cpu_count(logical=False) or 1
+    dram_rate = min(cores * 8.0, 80.0) * _GB
+    return Hardware(
+        name=f"cpu-{platform.machine()}-{cores}",
+        source=(
+            "sizes asked of this machine, rates generic: 30 GFLOP/s and 8 GB/s of DRAM a core, "
+            "1 GB/s of disk; measure it with `python -m lohan_fx.probe`"
+        ),
+        gpu_name="cpu",
+        gpu_memory_bytes=int(psutil.virtual_memory().total),
+        flops_per_s={"float32": cores * 30e9, "bfloat16": cores * 15e9, "float16": cores * 15e9},
+        gpu_mem_bytes_per_s=dram_rate,
+        h2d_bytes_per_s=dram_rate / 2,
+        d2h_bytes_per_s=dram_rate / 2,
+        duplex_factor=0.6,
+        dram_bytes=dram_bytes,
+        dram_bytes_per_s=dram_rate,
+        ssd_bytes=ssd_bytes,
+        ssd_read_bytes_per_s=1.0 * _GB,
+        ssd_write_bytes_per_s=1.0 * _GB,
+        ssd_simplex=True,
+        cpu_adam_params_per_s=dram_rate / 30,
+    )

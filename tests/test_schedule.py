@@ -1,0 +1,121 @@
+"""Where moves stand in a pass, from the rules alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lohan_fx.planner.schedule import (
+    Placed,
+    Use,
+    WeightUse,
+    in_program_order,
+    issue_positions,
+    offload_moves,
+    reload_moves,
+    weight_moves,
+)
+
+
+def words(moves: list[Placed]) -> list[str]:
+    """Moves in program order, with their positions."""
+    return [f"{m.position} {m.op} {m.arg}" for m in in_program_order(moves)]
+
+
+FOUR = [Use(position, position, 10) for position in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("window", "positions"),
+    [
+        (0, [0, 1, 2, 3]),  # each is waited for where it is issued
+        (10, [0, 1, 2, 3]),  # one at a time: the next when the one before has been waited for
+        (20, [0, 0, 1, 2]),
+        (39, [0, 0, 0, 1]),
+        (40, [0, 0, 0, 0]),
+    ],
+)
+def test_a_copy_is_issued_as_early_as_the_window_allows(window: int, positions: list[int]) -> None:
+    # A window of 10 holds one value issued and not waited for; position p means "just before the
+    # wait at p", so value 1 of a window of 20 is on its way while value 0 is waited for and used.
+    assert issue_positions(FOUR, window) == positions
+
+
+def test_a_value_larger_than_the_window_moves_alone() -> None:
+    uses = [Use(0, 0, 5), Use(3, 1, 50), Use(5, 2, 5)]
+    assert issue_positions(uses, 10) == [0, 3, 5]
+
+
+def test_weights_are_fetched_awaited_and_released_around_their_readers() -> None:
+    uses = [WeightUse(0, 0, 1, 2, 10), WeightUse(1, 2, 2, 3, 10)]
+    assert words(weight_moves(uses, 20, backward=False)) == [
+        "0 fetch 0",
+        "0 fetch 1",
+        "0 wait 0",
+        "2 release 0",
+        "2 wait 1",
+        "3 release 1",
+    ]
+
+
+def test_resident_weights_are_awaited_at_once_unless_the_forward_must_see_an_update() -> None:
+    uses = [
+        WeightUse(0, 3, 3, 5, 10, resident=True),
+        WeightUse(1, 3, 3, 5, 10, resident=True, refreshed=True),
+    ]
+    assert "0 wait 0" in words(weight_moves(uses, 0, backward=False))
+    assert "3 wait 1" in words(weight_moves(uses, 0, backward=False))
+    backward = words(weight_moves(uses, 0, backward=True))
+    assert {"0 wait 0", "0 wait 1", "5 release 0", "5 release 1"} <= set(backward)
+
+
+def test_what_leaves_is_waited_for_when_the_next_would_exceed_the_window() -> None:
+    leaving = [Use(1, 0, 10), Use(2, 1, 10), Use(3, 2, 10)]
+    assert words(offload_moves(leaving, 4, 20)) == [
+        "1 offload 0",
+        "2 offload 1",
+        "3 offload_wait 0",
+        "3 offload 2",
+        "4 offload_wait 1",
+        "4 offload_wait 2",
+    ]
+
+
+def test_what_comes_back_is_awaited_at_the_start_of_its_stage() -> None:
+    assert words(reload_moves([Use(4, 0, 10), Use(0, 1, 10)], 20)) == [
+        "0 reload 1",
+        "0 reload 0",
+        "0 reload_wait 1",
+        "4 reload_wait 0",
+    ]
+
+
+SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=12)
+
+
+@given(SIZES, st.integers(0, 60))
+def test_no_more_than_a_window_or_one_value_is_issued_and_not_waited_for(
+    sizes: list[int], window: int
+) -> None:
+    uses = [Use(2 * index, index, size) for index, size in enumerate(sizes)]
+    moves = in_program_order(reload_moves(uses, window))
+    on_its_way: set[int] = set()
+    for move in moves:
+        if move.op == "reload":
+            on_its_way.add(move.arg)
+            alone = max(sizes[arg] for arg in on_its_way)
+            assert sum(sizes[arg] for arg in on_its_way) <= max(window, alone)
+        else:
+            on_its_way.remove(move.arg)  # KeyError: waited for before it was issued
+    assert not on_its_way
+
+
+@given(SIZES, st.integers(0, 60), st.integers(0, 60))
+def test_a_wider_window_issues_nothing_later(sizes: list[int], one: int, other: int) -> None:
+    uses = [Use(2 * index, index, size) for index, size in enumerate(sizes)]
+    narrow, wide = (issue_positions(uses, window) for window in sorted((one, other)))
+    assert all(w <= n for w, n in zip(wide, narrow, strict=True))
+    assert all(a <= b for a, b in itertools.pairwise(wide))
