@@ -10,6 +10,8 @@ greedy    a fast solver
 lots      groups as a linear program sees them
 milp      placement as a mixed-integer program, and its relaxation
 optimal   the program's plan or any policy's that is better, with a proved bound
+lohan     LoHan's own algorithm
+policies  what other systems do
 choice    which of two plans is better
 words     why items are where they are, or why nothing fits
 validate  a checker that shares no code with cost and the solvers
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from lohan_fx.budget import Capacities
 from lohan_fx.errors import LohanError
+from lohan_fx.planner import policies
 from lohan_fx.planner.cost import (
     Ledger,
     Room,
@@ -28,7 +31,9 @@ from lohan_fx.planner.cost import (
 )
 from lohan_fx.planner.greedy import greedy
 from lohan_fx.planner.least import least_bytes
-from lohan_fx.planner.optimal import optimal
+from lohan_fx.planner.lohan import lohan
+from lohan_fx.planner.optimal import best_of
+from lohan_fx.planner.policies import default_overlap
 from lohan_fx.planner.problem import (
     Activation,
     Bucket,
@@ -43,7 +48,25 @@ from lohan_fx.planner.problem import (
 from lohan_fx.planner.solution import Forced, Optimality, Prediction, Solution, Windows
 from lohan_fx.planner.validate import validate
 
-SOLVERS = {"optimal": optimal, "greedy": greedy}
+STATIC = {
+    "zero-infinity": policies.zero_infinity,
+    "zero-offload": policies.zero_offload,
+    "flashneuron": policies.flashneuron,
+    "checkpoint-all": policies.checkpoint_all,
+    "keep-all": policies.keep_all,
+    "swap-all": policies.swap_all,
+    "capuchin": policies.capuchin,
+    "checkmate": policies.checkmate,
+    "g10": policies.g10,
+}
+
+
+def optimal(problem: Problem, forced: Forced | None = None) -> Solution:
+    """The best plan found by any policy or by integer programming; see lohan_fx.planner.optimal."""
+    return best_of(problem, forced, {"lohan": lohan, **STATIC})
+
+
+SOLVERS = {"optimal": optimal, "greedy": greedy, "lohan": lohan, **STATIC}
 
 
 def check_policy(policy: str) -> None:
@@ -86,6 +109,7 @@ __all__ = [
     "activation_places",
     "bucket_places",
     "check_policy",
+    "default_overlap",
     "greedy",
     "least_bytes",
     "predict",

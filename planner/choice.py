@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from lohan_fx.planner.cost import Ledger, Room, predict
-from lohan_fx.planner.problem import BucketPlace, Place, Problem
+from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
 from lohan_fx.planner.solution import Forced, Prediction, Solution
+from lohan_fx.units import format_bytes
 
 SECONDS_PER_DAY = 86400
 
@@ -90,3 +91,36 @@ def all_on_gpu(problem: Problem, forced: Forced, policy: str = "") -> Solution |
         [forced.activations.get(a.index, Place.GPU) for a in problem.activations],
     )
     return finish(problem, ledger, Room.STAGE, policy)
+
+
+def fits_at_all(problem: Problem, ledger: Ledger, rooms: Sequence[Room] = tuple(Room)) -> bool:
+    """True if the bytes of a placement fit at any of these widths of windows."""
+    have = problem.capacities
+    return any(
+        gpu <= have.gpu_bytes and dram <= have.dram_bytes and ssd <= have.ssd_bytes
+        for gpu, dram, ssd in (ledger.peaks(ledger.windows(room)) for room in rooms)
+    )
+
+
+def fitting(problem: Problem, ledger: Ledger, policy: str) -> Solution:
+    """The solution of a placement at the widest windows that fit.
+
+    Raises NothingFits where none do, naming what there is too little of.
+    """
+    for room in sorted(Room, reverse=True):
+        if fits_at_all(problem, ledger, (room,)):
+            solution = finish(problem, ledger, room, policy)
+            if solution is not None:
+                return solution
+    have = problem.capacities
+    peaks = ledger.peaks(ledger.windows(Room.NONE))
+    need = dict(zip(("gpu", "dram", "ssd"), peaks, strict=True))
+    budget = {"gpu": have.gpu_bytes, "dram": have.dram_bytes, "ssd": have.ssd_bytes}
+    words = [
+        f"{tier.upper()}: {format_bytes(need[tier])} at least, the budget has {format_bytes(budget[tier])}"
+        for tier in need
+        if need[tier] > budget[tier]
+    ]
+    if not words:
+        words = [f"it writes more to SSD than {problem.max_ssd_bytes_per_day} bytes a day"]
+    raise NothingFits(f"{policy} does not fit the budget. {'; '.join(words)}.", problem, need)

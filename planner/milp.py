@@ -27,6 +27,7 @@ depend on the placement in a way that is not linear.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,10 +84,15 @@ class Answer:
     step_s: float
 
 
-def place_counts(problem: Problem, forced: Forced, room: Room) -> Answer | None:
-    """The best counts at one width of windows, found within a fixed effort; None without any."""
+def place_counts(
+    problem: Problem, forced: Forced, room: Room, cutoff_s: float = math.inf
+) -> Answer | None:
+    """The best counts at one width of windows, found within a fixed effort.
+
+    None without any, or with none that take less than `cutoff_s`.
+    """
     relaxed = _Program(problem, forced, room, integral=False)
-    if not relaxed.settle():
+    if not relaxed.settle() or relaxed.bound_s() >= cutoff_s:
         return None
     exact = _Program(problem, forced, room, integral=True, positions=relaxed.positions)
     if not exact.settle():

@@ -11,16 +11,18 @@ gained by moving the optimizer off an otherwise idle GPU is not worth a step tha
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from lohan_fx.errors import InfeasiblePlan
-from lohan_fx.planner.choice import all_on_gpu, finish, rank
-from lohan_fx.planner.cost import Ledger, Room, step_seconds
+from lohan_fx.planner.choice import all_on_gpu, excess_of, finish, rank
+from lohan_fx.planner.cost import Ledger, Room, predict, step_seconds
 from lohan_fx.planner.greedy import greedy, improve
 from lohan_fx.planner.least import check_forced
 from lohan_fx.planner.lots import Lot
-from lohan_fx.planner.moves import AnyPlace, Search
+from lohan_fx.planner.moves import AnyPlace, Search, group_items
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
 from lohan_fx.planner.solution import Forced, Optimality, Solution
 from lohan_fx.planner.words import with_reasons
@@ -28,9 +30,7 @@ from lohan_fx.planner.words import with_reasons
 Solver = Callable[[Problem, Forced | None], Solution]
 
 
-def optimal(
-    problem: Problem, forced: Forced | None = None, rivals: Mapping[str, Solver] | None = None
-) -> Solution:
+def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Solver]) -> Solution:
     """The best plan found, with a bound on how good any could be.
 
     `rivals` are policies besides greedy whose plans compete; one that fits nothing is left out.
@@ -44,8 +44,8 @@ def optimal(
     best = all_on_gpu(problem, forced)
     failure: NothingFits | None = None
     if best is None:
-        found = list(_placed(problem, forced))
-        for solver in (greedy, *(rivals or {}).values()):
+        found = list(placements(problem, forced))
+        for solver in (greedy, *rivals.values()):
             try:
                 found.append(solver(problem, forced))
             except NothingFits as exc:
@@ -56,6 +56,9 @@ def optimal(
             assert failure is not None
             raise failure
         best = min(found, key=rank)
+        mixed = _mixed(problem, forced, best)
+        if mixed is not None:
+            best = min(best, mixed, key=rank)
     best = dataclasses.replace(best, policy="optimal", optimality=None)
     proof = _proof(problem, forced, best, begun)
     return with_reasons(problem, dataclasses.replace(best, optimality=proof), forced)
@@ -83,39 +86,37 @@ def _proof(problem: Problem, forced: Forced, solution: Solution, begun: float) -
 _PROVED = 1e-4
 
 
-def _placed(problem: Problem, forced: Forced) -> Iterator[Solution]:
+def placements(problem: Problem, forced: Forced) -> Iterator[Solution]:
     """The program's placements, at each width of windows, that fit once they are mended."""
-    # Loading a solver takes half a second: only where there is something to decide.
+    # Loading a solver takes a while: only where there is something to decide.
     from lohan_fx.planner.milp import place_counts
 
+    best_s = math.inf
     for room in sorted(Room, reverse=True):
-        answer = place_counts(problem, forced, room)
+        # Without windows nothing is hidden: that pays only where there is no room for them.
+        answer = place_counts(problem, forced, room, best_s if room is Room.NONE else math.inf)
         if answer is None:
             continue
         search = Search(problem, forced, room)
-        for spread in (False, True):
-            buckets, activations = _spelled_out(problem, answer.lots, answer.counts, spread)
-            ledger = Ledger(problem, buckets, activations)
-            if improve(search, ledger):
-                solution = finish(problem, ledger, room)
-                if solution is not None:
-                    yield solution
+        ledger = Ledger(problem, *_spelled_out(problem, answer.lots, answer.counts))
+        if improve(search, ledger):
+            solution = finish(problem, ledger, room, "optimal")
+            if solution is not None:
+                best_s = min(best_s, search.step_s(ledger))
+                yield solution
 
 
 def _spelled_out(
     problem: Problem,
     lots: tuple[Lot, ...],
     counts: tuple[tuple[float, ...], ...],
-    spread: bool,
 ) -> tuple[list[BucketPlace], list[Place]]:
-    """A place for each item from counts: most on the GPU first, in the order of the group.
-
-    What is equally resident comes in blocks, or evenly mixed along the model (`spread`).
-    """
+    """A place for each item from counts: most on the GPU first, in the order of the group."""
     buckets = [BucketPlace(Place.GPU, Place.GPU)] * len(problem.buckets)
     activations = [Place.GPU] * len(problem.activations)
     for lot, row in zip(lots, counts, strict=True):
-        order = _sequence(lot, [round(n) for n in row], spread)
+        by_residence = sorted(zip(lot.places, row, strict=True), key=lambda p: -_residence(p[0]))
+        order = [place for place, count in by_residence for _ in range(round(count))]
         for index, place in zip(lot.group.members, order, strict=True):
             if isinstance(place, BucketPlace):
                 buckets[index] = place
@@ -131,23 +132,29 @@ def _residence(place: AnyPlace) -> int:
     return 2 if place is Place.GPU else 0
 
 
-def _sequence(lot: Lot, counts: list[int], spread: bool) -> list[AnyPlace]:
-    """The places of a lot's members, in order."""
-    found: list[AnyPlace] = []
-    for residence in (2, 1, 0):
-        block = [
-            (place, count)
-            for place, count in zip(lot.places, counts, strict=True)
-            if count and _residence(place) == residence
-        ]
-        if not spread:
-            found += [place for place, count in block for _ in range(count)]
-            continue
-        # Each place's k-th member of n stands at (k + 1/2) / n of the way.
-        spots = [
-            ((k + 0.5) / count, number, place)
-            for number, (place, count) in enumerate(block)
-            for k in range(count)
-        ]
-        found += [place for _, _, place in sorted(spots, key=lambda spot: spot[:2])]
-    return found
+def _mixed(problem: Problem, forced: Forced, solution: Solution) -> Solution | None:
+    """The same counts, with places that are equally resident mixed evenly along the model.
+
+    Lanes are then loaded alike from layer to layer, which a step by the simulator may gain from.
+    """
+    buckets, activations = list(solution.buckets), list(solution.activations)
+    for group in group_items(problem, forced):
+        into: list[BucketPlace] | list[Place] = buckets if group.is_bucket else activations
+        for residence in (0, 1, 2):
+            members = [i for i in group.members if _residence(into[i]) == residence]
+            counts = Counter(into[i] for i in members)
+            # The k-th of n at one place stands at (k + 1/2) / n of the way.
+            spots = sorted(
+                ((k + 0.5) / count, number, place)
+                for number, (place, count) in enumerate(sorted(counts.items(), key=str))
+                for k in range(count)
+            )
+            for index, (_, _, place) in zip(members, spots, strict=True):
+                into[index] = place
+    if tuple(buckets) == solution.buckets and tuple(activations) == solution.activations:
+        return None
+    predicted = predict(problem, buckets, activations, solution.windows)
+    mixed = dataclasses.replace(
+        solution, buckets=tuple(buckets), activations=tuple(activations), predicted=predicted
+    )
+    return None if any(excess_of(problem, predicted)) else mixed
