@@ -16,6 +16,7 @@ import torch
 from . import hardware as machines
 from .budget import Budget, Machine
 from .errors import BudgetError, CaptureError, LohanError
+from .generation import Generates
 from .pins import Pins, check_pins
 from .plan import Plan
 from .planner import Capacities, Overlap, check_policy
@@ -219,9 +220,9 @@ def compile(
     _refuse_meta(model)
     session = Session(model, dtype, settings)
     base = type(model)
-    model.__class__ = type(
-        f"Lohan{base.__name__}", (CompiledModel, base), {"__module__": base.__module__}
-    )
+    bases = (Generates, CompiledModel, base) if hasattr(base, "generate") else (CompiledModel, base)
+    # By the same name: libraries write it into configs and look models up by it.
+    model.__class__ = type(base.__name__, bases, {"__module__": base.__module__})
     object.__setattr__(model, "_lohan", session)
     return model
 

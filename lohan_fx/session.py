@@ -65,6 +65,7 @@ from .step import TracedStep
 CUDA_MARGIN_BYTES = 160 * 2**20
 CUDA_MARGIN_SHARE = 50
 
+Step = Callable[..., Any]
 Policy = str | Callable[[Problem, Forced], Solution]
 
 
@@ -143,10 +144,8 @@ class Session:
         self._backend = Backend(self)
         # By whether gradients are on: what evaluation compiled can be dropped by itself.
         self._steps = {mode: own_code(model) for mode in (True, False)}
-        self._compiled = {
-            mode: torch.compile(step, backend=self._backend.weakly(), fullgraph=True, dynamic=False)
-            for mode, step in self._steps.items()
-        }
+        self._compiled = {mode: self._compile(step) for mode, step in self._steps.items()}
+        self._evaluations: dict[int, tuple[Step, Step]] = {}  # of parts, by id: code, compiled
 
     # What params.Owner, the optimizer and the compiler's Host ask for.
 
@@ -465,7 +464,13 @@ class Session:
 
     def _forget_evaluation(self) -> None:
         """Let evaluation be captured anew, under the placements that training has."""
-        torch._dynamo.reset_code(self._steps[False].__code__)
+        for step in (self._steps[False], *(step for step, _ in self._evaluations.values())):
+            torch._dynamo.reset_code(step.__code__)
+
+    def _compile(self, step: Step) -> Step:
+        backend = self._backend.weakly()
+        compiled: Step = torch.compile(step, backend=backend, fullgraph=True, dynamic=False)
+        return compiled
 
     # Calls.
 
@@ -490,9 +495,21 @@ class Session:
             )
         if trains:
             refuse_autograd_modes()
+        return self._run(self._compiled[torch.is_grad_enabled()], args, kwargs)
+
+    def evaluate(self, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> Any:
+        """One forward, without gradients, of a module of the model as if it were the model."""
+        self._check_open()
+        if id(module) not in self._evaluations:
+            step = own_code(module)
+            self._evaluations[id(module)] = (step, self._compile(step))
+        with torch.no_grad():
+            return self._run(self._evaluations[id(module)][1], (), kwargs)
+
+    def _run(self, compiled: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:
             with self.params.exposed(), compiler_settings():
-                return self._compiled[torch.is_grad_enabled()](*args, **kwargs)
+                return compiled(*args, **kwargs)
         except Exception as error:
             self._undo_call()
             shown = explained(error)
@@ -555,7 +572,7 @@ class Session:
             self._reset_code()  # it holds the runtime's number
 
     def _reset_code(self) -> None:
-        for step in self._steps.values():
+        for step in (*self._steps.values(), *(step for step, _ in self._evaluations.values())):
             torch._dynamo.reset_code(step.__code__)
 
     def _check_open(self) -> None:
