@@ -15,6 +15,7 @@ import torch
 
 from . import hardware as machines
 from .budget import Budget, Machine
+from .checkpoint.weights import weights_for
 from .errors import BudgetError, CaptureError, LohanError
 from .generation import Generates
 from .pins import Pins, check_pins
@@ -166,6 +167,7 @@ def compile(
     device: torch.device | str | None = None,
     overlap: str = "auto",
     policy: Policy = "greedy",
+    weights: str | os.PathLike[str] | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     pin: Pins | None = None,
     hardware: machines.Hardware | str | os.PathLike[str] | None = None,
@@ -188,6 +190,9 @@ def compile(
             tier is accounted memory.
         overlap: when updates run: "auto", "backward", "next-forward", "serial" or "naive".
         policy: who plans: "greedy", or a callable (Problem, Forced) -> Solution.
+        weights: a safetensors file, or a directory as Hugging Face lays it out (or as `save` writes
+            it), to take all values from. The model may then be on the meta device and larger than
+            DRAM: values stream from the files into their tiers when the model is first called.
         plan: replay this plan (an object or a JSON file) instead of solving.
         pin: places to insist on, by name: {"model.layers.0.*": "ssd"}; see `lohan_fx.pins`.
         hardware: rates to plan with, a preset's name, or the JSON file of `python -m lohan_fx.probe`;
@@ -199,7 +204,8 @@ def compile(
 
     Raises:
         BudgetError: the budget cannot be read or used.
-        LohanError: an argument is out of range, or a parameter cannot be managed.
+        LohanError: an argument is out of range, a parameter cannot be managed, or `weights` does not
+            fit the model; names what is missing or has another shape.
     """
     if isinstance(model, CompiledModel):
         raise LohanError("this model is compiled already; build it anew to compile it differently")
@@ -217,8 +223,10 @@ def compile(
         pin=pin,
     )
     _check_dtype(dtype)
-    _refuse_meta(model)
+    values = {} if weights is None else weights_for(model, weights)
+    _refuse_meta(model, frozenset(values))
     session = Session(model, dtype, settings)
+    session.params.values.update({session.params.aliases[n]: v for n, v in values.items()})
     base = type(model)
     bases = (Generates, CompiledModel, base) if hasattr(base, "generate") else (CompiledModel, base)
     # By the same name: libraries write it into configs and look models up by it.
@@ -445,16 +453,16 @@ def _check_arguments(
         ) from None
 
 
-def _refuse_meta(model: torch.nn.Module) -> None:
+def _refuse_meta(model: torch.nn.Module, filled: frozenset[str]) -> None:
     for kind, named in (
         ("parameter", model.named_parameters()),
         ("buffer", model.named_buffers()),
     ):
         for name, tensor in named:
-            if tensor.is_meta:
+            if tensor.is_meta and name not in filled:
                 raise LohanError(
-                    f"{kind} {name!r} is on the meta device and has no values to train; build the "
-                    "model on the CPU (lohan_fx.make_plan takes it as it is)"
+                    f"{kind} {name!r} is on the meta device and has no values to train; give weights=, "
+                    "or build the model on the CPU (lohan_fx.make_plan takes it as it is)"
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import Protocol
 
 import torch
@@ -29,3 +30,15 @@ def in_memory(value: Value) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     return value.piece(0, math.prod(value.shape)).view(value.shape)
+
+
+def scratch(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A 1-D CPU tensor with undefined contents, whose memory goes back to the system when it is dropped.
+
+    The C library keeps and splits aligned blocks of some MiB: made and dropped again and again they
+    add up to many times their size.
+    """
+    nbytes = numel * dtype.itemsize
+    if nbytes < 1 << 20:
+        return torch.empty(numel, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype, count=numel)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from lohan_fx.errors import LohanError, TransferError
+from lohan_fx.piecewise import scratch
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -291,7 +292,7 @@ class StoredTensor:
 
     def piece(self, start: int, stop: int) -> torch.Tensor:
         """Elements [start, stop) of the flattened tensor."""
-        out_N = torch.empty(stop - start, dtype=self.dtype)
+        out_N = scratch(stop - start, self.dtype)
         if stop > start:
             offset = self.entry.start + start * self.dtype.itemsize
             self.file.read_into(offset, out_N.view(torch.uint8).numpy().data)

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from lohan_fx.errors import LohanError, PlanMismatch, TransferError
-from lohan_fx.piecewise import Piecewise, Value, in_memory
+from lohan_fx.piecewise import Piecewise, Value, in_memory, scratch
 from lohan_fx.program import Bucket, BucketPlacement, ParamSpec, Tier
 
 from .memory import PAGE, DeviceBytes, HostBytes, Pools, pages, slices
@@ -347,7 +347,7 @@ class BucketHome:
             data_N = piece(start, min(start + PIECE_NUMEL, spec.numel)).to("cpu")
             for section in sections:
                 place, dtype = self.place(section), self.section_dtype(section)
-                data_N = data_N.to(dtype)
+                data_N = _cast(data_N, dtype)
                 at = place.offset + (spec.offset + start) * dtype.itemsize
                 place.home.write(at, data_N.view(torch.uint8))
 
@@ -379,7 +379,7 @@ class BucketHome:
             for spec in self.bucket.params
             if spec.pid in values
         ]
-        image_P = torch.empty(min(numel, PIECE_NUMEL), dtype=dtype)
+        image_P = scratch(min(numel, PIECE_NUMEL), dtype)
         for start in range(0, numel, PIECE_NUMEL):
             stop = min(start + PIECE_NUMEL, numel)
             part_P = image_P[: stop - start]
@@ -391,7 +391,7 @@ class BucketHome:
                     part_P[first - start : last - start].copy_(found_N)
             for section in sections:
                 place, dtype = self.place(section), self.section_dtype(section)
-                data = part_P.to(dtype).view(torch.uint8)
+                data = _cast(part_P, dtype).view(torch.uint8)
                 place.home.write(place.offset + start * dtype.itemsize, data)
 
     def zero_moments(self) -> None:
@@ -620,6 +620,13 @@ def stored_pieces(
     else:
         flat_N = dense(spec, value, dtype)
     return lambda start, stop: flat_N[start:stop]
+
+
+def _cast(data_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As .to(dtype), in memory that goes back at once."""
+    if data_N.dtype == dtype:
+        return data_N
+    return scratch(data_N.numel(), dtype).copy_(data_N)
 
 
 def _check_dense(spec: ParamSpec) -> None:
