@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "adam_impl.h"
@@ -79,6 +80,7 @@ AdamFactors::AdamFactors(const AdamStep& s) {
   const double blend_weight = 1. - s.beta1;
   const double bias1 = 1. - std::pow(s.beta1, static_cast<double>(s.step));
   const double bias2 = 1. - std::pow(s.beta2, static_cast<double>(s.step));
+  unscale = static_cast<float>(s.unscale);
   grad_scale = static_cast<float>(s.grad_scale);
   decay = s.decoupled ? static_cast<float>(1. - s.lr * s.weight_decay) : 1.f;
   l2 = s.decoupled ? 0.f : static_cast<float>(s.weight_decay);
@@ -128,6 +130,52 @@ void adam_update(const AdamArrays& arrays, const AdamFactors& factors, std::size
     const std::size_t begin = piece * kAdamPiece;
     adam_update(arrays, factors, begin, std::min(num_params, begin + kAdamPiece), impl);
   });
+}
+
+void accumulate(float* sum, const void* grad, Dtype grad_dtype, bool set, std::size_t begin,
+                std::size_t end, const AdamImpl& impl) {
+  const PlainRounding rounding;
+  impl.accumulate(sum, grad, grad_dtype, set, begin, end);
+}
+
+void Magnitude::merge(const Magnitude& other) {
+  sum_squares += other.sum_squares;
+  if (largest == largest && !(other.largest <= largest)) largest = other.largest;  // a NaN wins
+}
+
+Magnitude measure_piece(const float* values, std::size_t begin, std::size_t end) {
+  // A fixed number of sums, so that the order of additions does not depend on the vector width. The
+  // square of a float is exact in double. Magnitudes compare as their bits do, NaN above infinity.
+  constexpr std::size_t kSums = 16;
+  double sums[kSums] = {};
+  std::uint32_t largest[kSums] = {};
+  const auto take = [&](std::size_t lane, float value) {
+    sums[lane] += static_cast<double>(value) * static_cast<double>(value);
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    largest[lane] = std::max(largest[lane], bits & 0x7fffffffu);
+  };
+  std::size_t i = begin;
+  for (; i + kSums <= end; i += kSums)
+    for (std::size_t lane = 0; lane < kSums; ++lane) take(lane, values[i + lane]);
+  for (std::size_t lane = 0; i < end; ++i, ++lane) take(lane, values[i]);
+
+  Magnitude total;
+  std::uint32_t most = 0;
+  for (std::size_t lane = 0; lane < kSums; ++lane) {
+    total.sum_squares += sums[lane];
+    most = std::max(most, largest[lane]);
+  }
+  std::memcpy(&total.largest, &most, 4);
+  return total;
+}
+
+Magnitude measure(const float* values, std::size_t count) {
+  const PlainRounding rounding;
+  Magnitude total;
+  for (std::size_t at = 0; at < count; at += kAdamPiece)
+    total.merge(measure_piece(values, at, std::min(count, at + kAdamPiece)));
+  return total;
 }
 
 }  // namespace lohan_fx

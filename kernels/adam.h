@@ -25,7 +25,8 @@ struct AdamStep {
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.;
   bool decoupled = true;
   std::int64_t step = 1;    // 1 for the first update
-  double grad_scale = 1.;   // every gradient is multiplied by this first
+  double unscale = 1.;      // every gradient is multiplied by this first,
+  double grad_scale = 1.;   // then by this: two roundings, as where loss scaling and clipping follow
 };
 
 // Arrays of num_params elements; any alignment. `out16` (dtype out_dtype) receives the new weights
@@ -44,6 +45,7 @@ struct AdamArrays {
 struct AdamFactors {
   explicit AdamFactors(const AdamStep& step);
 
+  float unscale;
   float grad_scale;
   float decay;            // the weight is multiplied by this first; 1 unless decoupled
   float l2;               // the gradient gains l2 * weight; 0 if decoupled
@@ -62,6 +64,8 @@ struct AdamImpl {
   bool (*supported)();
   void (*run)(const AdamArrays& arrays, const AdamFactors& factors, std::size_t begin,
               std::size_t end);
+  void (*accumulate)(float* sum, const void* grad, Dtype grad_dtype, bool set, std::size_t begin,
+                     std::size_t end);
 };
 
 // The implementation in use: the best one this CPU has, or the one named in LOHAN_FX_ISA.
@@ -81,5 +85,23 @@ inline constexpr std::size_t kAdamPiece = std::size_t{1} << 16;
 // Updates [0, num_params) on num_threads threads of the pool, the calling one included.
 void adam_update(const AdamArrays& arrays, const AdamFactors& factors, std::size_t num_params,
                  ThreadPool& pool, unsigned num_threads, const AdamImpl& impl = active_adam());
+
+// Adds elements [begin, end) of a gradient to fp32 sums, or sets the sums to them.
+void accumulate(float* sum, const void* grad, Dtype grad_dtype, bool set, std::size_t begin,
+                std::size_t end, const AdamImpl& impl = active_adam());
+
+// How large the elements of an fp32 array are. `largest` is the greatest magnitude; NaN is greater than
+// infinity, so it is finite exactly where all elements are.
+struct Magnitude {
+  double sum_squares = 0.;
+  float largest = 0.f;
+
+  void merge(const Magnitude& other);
+};
+
+// One piece, of at most kAdamPiece elements from `begin` on; merged in order, pieces give the same bits
+// on every machine.
+Magnitude measure_piece(const float* values, std::size_t begin, std::size_t end);
+Magnitude measure(const float* values, std::size_t count);
 
 }  // namespace lohan_fx

@@ -75,7 +75,7 @@ struct Vector {
 
 }  // namespace
 
-const AdamImpl adam_avx2 = {"avx2", supported, run};
+const AdamImpl adam_avx2 = {"avx2", supported, run, run_accumulate};
 
 }  // namespace lohan_fx
 #endif

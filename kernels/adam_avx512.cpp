@@ -72,7 +72,7 @@ struct Vector {
 
 }  // namespace
 
-const AdamImpl adam_avx512 = {"avx512", supported, run};
+const AdamImpl adam_avx512 = {"avx512", supported, run, run_accumulate};
 
 }  // namespace lohan_fx
 #endif

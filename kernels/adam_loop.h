@@ -17,11 +17,12 @@ inline Vector::Float load_as_float(const void* from, std::size_t i) {
 
 template <Dtype Grad, Dtype Out, bool L2>
 struct Loop {
-  const Vector::Float grad_scale, decay, l2, blend, beta2, one_minus_beta2, bias2_sqrt, eps, step_size;
+  const Vector::Float unscale, grad_scale, decay, l2, blend, beta2, one_minus_beta2, bias2_sqrt, eps, step_size;
   const bool blend_from_grad;
 
   explicit Loop(const AdamFactors& f)
-      : grad_scale(Vector::set(f.grad_scale)),
+      : unscale(Vector::set(f.unscale)),
+        grad_scale(Vector::set(f.grad_scale)),
         decay(Vector::set(f.decay)),
         l2(Vector::set(f.l2)),
         blend(Vector::set(f.blend)),
@@ -37,7 +38,7 @@ struct Loop {
   void step(float* master, float* exp_avg, float* exp_avg_sq, const void* grad, void* out,
             std::size_t i) const {
     using V = Vector;
-    V::Float g = V::mul(load_as_float<Grad>(grad, i), grad_scale);
+    V::Float g = V::mul(V::mul(load_as_float<Grad>(grad, i), unscale), grad_scale);
     V::Float p = V::load(master + i);
     V::Float m = V::load(exp_avg + i);
     V::Float v = V::load(exp_avg_sq + i);
@@ -108,5 +109,40 @@ void run(const AdamArrays& a, const AdamFactors& f, std::size_t begin, std::size
     case Dtype::bf16: return run_out<Dtype::bf16>(a, f, begin, end);
     case Dtype::f16: return run_out<Dtype::f16>(a, f, begin, end);
     default: return run_out<Dtype::f32>(a, f, begin, end);
+  }
+}
+
+template <Dtype Grad, bool Set>
+inline void accumulate_loop(float* sum, const void* grad, std::size_t begin, std::size_t end) {
+  using V = Vector;
+  constexpr std::size_t kGradBytes = Grad == Dtype::f32 ? 4 : 2;
+  std::size_t i = begin;
+  for (; i + V::kWidth <= end; i += V::kWidth) {
+    const V::Float g = load_as_float<Grad>(grad, i);
+    V::store(sum + i, Set ? g : V::add(V::load(sum + i), g));
+  }
+  if (i == end) return;
+  float s[V::kWidth] = {}, g[V::kWidth] = {};
+  __builtin_memcpy(s, sum + i, (end - i) * 4);
+  __builtin_memcpy(g, static_cast<const char*>(grad) + i * kGradBytes, (end - i) * kGradBytes);
+  const V::Float last = load_as_float<Grad>(g, 0);
+  V::store(s, Set ? last : V::add(V::load(s), last));
+  __builtin_memcpy(sum + i, s, (end - i) * 4);
+}
+
+template <Dtype Grad>
+inline void accumulate_as(float* sum, const void* grad, bool set, std::size_t begin, std::size_t end) {
+  if (set)
+    accumulate_loop<Grad, true>(sum, grad, begin, end);
+  else
+    accumulate_loop<Grad, false>(sum, grad, begin, end);
+}
+
+void run_accumulate(float* sum, const void* grad, Dtype grad_dtype, bool set, std::size_t begin,
+                    std::size_t end) {
+  switch (grad_dtype) {
+    case Dtype::bf16: return accumulate_as<Dtype::bf16>(sum, grad, set, begin, end);
+    case Dtype::f16: return accumulate_as<Dtype::f16>(sum, grad, set, begin, end);
+    default: return accumulate_as<Dtype::f32>(sum, grad, set, begin, end);
   }
 }

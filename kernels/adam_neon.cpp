@@ -50,7 +50,7 @@ struct Vector {
 
 }  // namespace
 
-const AdamImpl adam_neon = {"neon", supported, run};
+const AdamImpl adam_neon = {"neon", supported, run, run_accumulate};
 
 }  // namespace lohan_fx
 #endif

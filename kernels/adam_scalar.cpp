@@ -85,6 +85,6 @@ bool always() { return true; }
 
 }  // namespace
 
-const AdamImpl adam_scalar = {"scalar", always, run};
+const AdamImpl adam_scalar = {"scalar", always, run, run_accumulate};
 
 }  // namespace lohan_fx

@@ -5,6 +5,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "adam.h"
 #include "dtype_names.h"
@@ -22,12 +23,23 @@ void bind_adam(py::module_& module) {
   module.def("usable_cpus", &usable_cpus, "CPUs this process may run on.");
 
   module.def(
+      "measure",
+      [](std::uintptr_t values, std::size_t numel) {
+        if (numel > 0 && values == 0) throw std::invalid_argument("measure: a null pointer");
+        const py::gil_scoped_release release;
+        const Magnitude total = measure(reinterpret_cast<const float*>(values), numel);
+        return std::make_pair(total.sum_squares, static_cast<double>(total.largest));
+      },
+      py::arg("values_ptr"), py::arg("numel"),
+      "(Sum of squares, largest magnitude) of numel fp32 values; NaN counts as the largest.");
+
+  module.def(
       "adam_update",
       [](std::uintptr_t master, std::uintptr_t exp_avg, std::uintptr_t exp_avg_sq,
          std::uintptr_t grad, const std::string& grad_dtype, std::uintptr_t out,
          const std::optional<std::string>& out_dtype, std::size_t numel, double lr, double beta1,
          double beta2, double eps, double weight_decay, bool decoupled, std::int64_t step,
-         double grad_scale, unsigned num_threads, const std::optional<std::string>& isa) {
+         double grad_scale, double unscale, unsigned num_threads, const std::optional<std::string>& isa) {
         const AdamArrays arrays{reinterpret_cast<float*>(master),
                                 reinterpret_cast<float*>(exp_avg),
                                 reinterpret_cast<float*>(exp_avg_sq),
@@ -40,7 +52,7 @@ void bind_adam(py::module_& module) {
         if (numel > 0 && (out != 0) != (arrays.out_dtype != Dtype::none))
           throw std::invalid_argument("adam_update: out_ptr and out_dtype go together");
         const AdamFactors factors(
-            {lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale});
+            {lr, beta1, beta2, eps, weight_decay, decoupled, step, unscale, grad_scale});
         const AdamImpl& impl = isa ? find_adam(*isa) : active_adam();
         const py::gil_scoped_release release;
         adam_update(arrays, factors, numel, shared_pool(), num_threads, impl);
@@ -49,6 +61,7 @@ void bind_adam(py::module_& module) {
       py::arg("grad_dtype"), py::arg("out_ptr"), py::arg("out_dtype"), py::arg("numel"),
       py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
       py::arg("weight_decay"), py::arg("decoupled"), py::arg("step"), py::arg("grad_scale") = 1.,
+      py::arg("unscale") = 1.,
       py::arg("num_threads") = 0, py::arg("isa") = py::none(),
       R"(Updates numel elements in place; the GIL is released.
 

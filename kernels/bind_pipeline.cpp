@@ -44,18 +44,31 @@ PipelineMode mode_of(const std::string& name) {
   throw std::invalid_argument("pipeline mode '" + name + "' is not known; use optimized or naive");
 }
 
+Add add_of(const std::string& name) {
+  if (name == "keep") return Add::keep;
+  if (name == "set") return Add::set;
+  if (name == "add") return Add::add;
+  throw std::invalid_argument("'" + name + "' is nothing to do with a sum; use keep, set or add");
+}
+
 AdamJob make_job(std::string name, std::size_t numel, std::uintptr_t grad,
                  const std::string& grad_dtype, const std::vector<SegmentArg>& segments,
                  std::vector<AdamStep> groups, const PlaceArg& master, const PlaceArg& exp_avg,
                  const PlaceArg& exp_avg_sq, std::uintptr_t out, const std::optional<Extent>& out_extent,
                  const std::optional<std::string>& out_dtype,
-                 std::vector<std::uintptr_t> ready_events) {
+                 std::vector<std::uintptr_t> ready_events, std::uintptr_t accum,
+                 const std::vector<std::string>& adds, std::uintptr_t magnitudes) {
   AdamJob job;
   job.name = std::move(name);
   job.numel = numel;
   job.grad = reinterpret_cast<const void*>(grad);
   job.grad_dtype = grad_dtype_of(grad_dtype);
   for (const auto& [offset, count, group] : segments) job.segments.push_back({offset, count, group});
+  if (!adds.empty() && adds.size() != segments.size())
+    throw std::invalid_argument("optimizer job '" + job.name + "': one of adds for each segment");
+  for (std::size_t i = 0; i < adds.size(); ++i) job.segments[i].add = add_of(adds[i]);
+  job.accum = reinterpret_cast<float*>(accum);
+  job.magnitudes = reinterpret_cast<double*>(magnitudes);
   job.groups = std::move(groups);
   job.master = place_of(master);
   job.exp_avg = place_of(exp_avg);
@@ -91,12 +104,13 @@ py::dict stats_dict(const AdamPipeline& pipeline) {
 void bind_pipeline(py::module_& module) {
   py::class_<AdamStep>(module, "AdamStep", "One step's scalars for one parameter group.")
       .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay,
-                       bool decoupled, std::int64_t step, double grad_scale) {
-             return AdamStep{lr, beta1, beta2, eps, weight_decay, decoupled, step, grad_scale};
+                       bool decoupled, std::int64_t step, double grad_scale, double unscale) {
+             return AdamStep{lr,   beta1,   beta2,     eps, weight_decay, decoupled,
+                             step, unscale, grad_scale};
            }),
            py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
            py::arg("weight_decay"), py::arg("decoupled"), py::arg("step"),
-           py::arg("grad_scale") = 1.)
+           py::arg("grad_scale") = 1., py::arg("unscale") = 1.)
       .def_readonly("lr", &AdamStep::lr)
       .def_readonly("beta1", &AdamStep::beta1)
       .def_readonly("beta2", &AdamStep::beta2)
@@ -104,7 +118,8 @@ void bind_pipeline(py::module_& module) {
       .def_readonly("weight_decay", &AdamStep::weight_decay)
       .def_readonly("decoupled", &AdamStep::decoupled)
       .def_readonly("step", &AdamStep::step)
-      .def_readonly("grad_scale", &AdamStep::grad_scale);
+      .def_readonly("grad_scale", &AdamStep::grad_scale)
+      .def_readonly("unscale", &AdamStep::unscale);
 
   py::class_<AdamJob>(module, "AdamJob", R"(One bucket's update.
 
@@ -112,12 +127,18 @@ Arrays have numel elements. master, exp_avg and exp_avg_sq (fp32) are each a hos
 byte offset). Segments are (offset, numel, group index) in elements; what lies between them keeps its
 value. New 16-bit weights go to the host pointer out (which may be a 16-bit gradient's), to out_extent, or
 to both; without an out_dtype the master is the weight. ready_events are CUevents that must be complete
-before the gradient is read and any weight is written.)")
+before the gradient is read and any weight is written.
+
+With `accum`, a host pointer to numel fp32 sums, each segment's gradient first goes into them as its entry
+of adds says ("keep", "set", "add"), and the update is made from the sums; with no groups there is none.
+`magnitudes` points to two doubles a segment, which receive its sums' sum of squares and largest
+magnitude.)")
       .def(py::init(&make_job), py::kw_only(), py::arg("name"), py::arg("numel"), py::arg("grad"),
            py::arg("grad_dtype"), py::arg("segments"), py::arg("groups"), py::arg("master"),
            py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("out") = 0,
            py::arg("out_extent") = py::none(), py::arg("out_dtype") = py::none(),
-           py::arg("ready_events") = std::vector<std::uintptr_t>{})
+           py::arg("ready_events") = std::vector<std::uintptr_t>{}, py::arg("accum") = 0,
+           py::arg("adds") = std::vector<std::string>{}, py::arg("magnitudes") = 0)
       .def_readonly("name", &AdamJob::name)
       .def_readonly("numel", &AdamJob::numel)
       .def_property_readonly("buffer_bytes", &AdamPipeline::buffer_bytes,

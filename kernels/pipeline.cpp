@@ -37,6 +37,7 @@ struct Array {
 };
 
 std::vector<Array> arrays_of(const AdamJob& job) {
+  if (!job.updates()) return {};
   const std::size_t f32 = job.numel * 4;
   std::vector<Array> arrays{{&job.master, f32, "master weights", true},
                             {&job.exp_avg, f32, "exp_avg", true},
@@ -99,7 +100,8 @@ struct AdamPipeline::Buffer {
 
 struct AdamPipeline::Task {
   struct Piece {
-    std::size_t begin, end, group;
+    std::size_t begin, end, group, segment;
+    Add add;
   };
 
   AdamJob job;
@@ -227,7 +229,10 @@ void AdamPipeline::validate(const AdamJob& job) const {
   const auto refuse = [&](const std::string& why) {
     throw std::invalid_argument("optimizer job '" + job.name + "': " + why);
   };
-  if (job.grad == nullptr) refuse("no gradient");
+  const auto takes = [](const Segment& segment) { return segment.add != Add::keep; };
+  const bool adds = std::any_of(job.segments.begin(), job.segments.end(), takes);
+  if (job.grad == nullptr && (adds || job.accum == nullptr)) refuse("no gradient");
+  if (job.accum == nullptr && (adds || job.magnitudes != nullptr)) refuse("no sums to add to or measure");
   if (job.grad_dtype == Dtype::none) refuse("no gradient dtype");
   if (job.out_dtype == Dtype::f32) refuse("the output has 16 bits; an fp32 weight is the master itself");
 
@@ -261,7 +266,7 @@ void AdamPipeline::validate(const AdamJob& job) const {
     if (segment.offset < end) refuse("two segments overlap at element " + std::to_string(segment.offset));
     if (segment.offset > job.numel || segment.numel > job.numel - segment.offset)
       refuse("the segment at element " + std::to_string(segment.offset) + " leaves the bucket");
-    if (segment.group >= job.groups.size())
+    if (job.updates() && segment.group >= job.groups.size())
       refuse("a segment names group " + std::to_string(segment.group) + " of " +
              std::to_string(job.groups.size()));
     end = segment.offset + segment.numel;
@@ -278,10 +283,13 @@ Ticket AdamPipeline::submit(AdamJob job) {
   validate(job);
   auto task = std::make_shared<Task>();
   for (const AdamStep& step : job.groups) task->factors.emplace_back(step);
-  for (const Segment& segment : job.segments)
+  for (std::size_t index = 0; index < job.segments.size(); ++index) {
+    const Segment& segment = job.segments[index];
     for (std::size_t at = 0; at < segment.numel; at += kAdamPiece)
       task->pieces.push_back({segment.offset + at,
-                              segment.offset + std::min(segment.numel, at + kAdamPiece), segment.group});
+                              segment.offset + std::min(segment.numel, at + kAdamPiece), segment.group,
+                              index, segment.add});
+  }
   const std::size_t bytes = buffer_bytes(job);
   for (const Array& array : arrays_of(job)) task->writes |= array.place->extent != 0;
   task->needs_buffer = bytes > 0;
@@ -427,19 +435,35 @@ bool AdamPipeline::poll_events(Task& task) {
 
 void AdamPipeline::update(Task& task) {
   const AdamJob& job = task.job;
-  const bool has_out = job.out_dtype != Dtype::none;
-  const AdamArrays arrays{static_cast<float*>(task.memory_of(job.master)),
-                          static_cast<float*>(task.memory_of(job.exp_avg)),
-                          static_cast<float*>(task.memory_of(job.exp_avg_sq)),
-                          job.grad,
-                          job.grad_dtype,
-                          has_out ? task.memory_of(job.out) : nullptr,
-                          job.out_dtype};
+  const bool updates = job.updates(), has_out = updates && job.out_dtype != Dtype::none;
+  AdamArrays arrays;
+  if (updates) {
+    arrays.master = static_cast<float*>(task.memory_of(job.master));
+    arrays.exp_avg = static_cast<float*>(task.memory_of(job.exp_avg));
+    arrays.exp_avg_sq = static_cast<float*>(task.memory_of(job.exp_avg_sq));
+    arrays.grad = job.accum != nullptr ? job.accum : job.grad;
+    arrays.grad_dtype = job.accum != nullptr ? Dtype::f32 : job.grad_dtype;
+    arrays.out16 = has_out ? task.memory_of(job.out) : nullptr;
+    arrays.out_dtype = job.out_dtype;
+  }
   if (has_out && job.out.host == nullptr) zero_gaps(job, static_cast<char*>(arrays.out16));
+  std::vector<Magnitude> magnitudes(job.magnitudes != nullptr ? task.pieces.size() : 0);
   pool_.run(task.pieces.size(), options_.num_threads, [&](std::size_t i) {
     const Task::Piece& piece = task.pieces[i];
-    adam_update(arrays, task.factors[piece.group], piece.begin, piece.end);
+    // A gradient may share its memory with `out`: it is read before new weights are written there.
+    if (piece.add != Add::keep)
+      accumulate(job.accum, job.grad, job.grad_dtype, piece.add == Add::set, piece.begin, piece.end);
+    if (job.magnitudes != nullptr) magnitudes[i] = measure_piece(job.accum, piece.begin, piece.end);
+    if (updates) adam_update(arrays, task.factors[piece.group], piece.begin, piece.end);
   });
+  if (job.magnitudes == nullptr) return;
+  std::vector<Magnitude> totals(job.segments.size());
+  for (std::size_t i = 0; i < magnitudes.size(); ++i)
+    totals[task.pieces[i].segment].merge(magnitudes[i]);
+  for (std::size_t i = 0; i < totals.size(); ++i) {
+    job.magnitudes[2 * i] = totals[i].sum_squares;
+    job.magnitudes[2 * i + 1] = static_cast<double>(totals[i].largest);
+  }
 }
 
 void AdamPipeline::adam_loop() {
@@ -501,7 +525,8 @@ void AdamPipeline::adam_loop() {
       update(*next);
       const double end_s = now_s();
       lock.lock();
-      for (const Task::Piece& piece : next->pieces) stats_.params += piece.end - piece.begin;
+      if (next->job.updates())
+        for (const Task::Piece& piece : next->pieces) stats_.params += piece.end - piece.begin;
       stats_.adam_s += end_s - start_s;
       record(*next, "cpu_adam", start_s, end_s);
       if (next->writes) {

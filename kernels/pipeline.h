@@ -35,12 +35,20 @@ struct Place {
   std::uint64_t offset = 0;
 };
 
+// What a segment's gradient does to the fp32 sums of AdamJob::accum: nothing, become them, be added.
+enum class Add : std::uint8_t { keep, set, add };
+
 // Elements [offset, offset + numel) of the bucket, updated with the scalars of groups[group].
 struct Segment {
   std::size_t offset, numel, group;
+  Add add = Add::keep;
 };
 
 // One bucket's update. All host memory stays valid, and is left alone by others, until the job is done.
+//
+// [Note: accumulated gradients]
+// With `accum`, gradients go into these fp32 sums first, each segment as its `add` says, and the update
+// is made from the sums. Without groups there is no update: the job adds only, and needs no state.
 struct AdamJob {
   std::string name;
   std::size_t numel = 0;          // elements of every array, gaps between segments included
@@ -48,6 +56,8 @@ struct AdamJob {
   Dtype grad_dtype = Dtype::f32;
   std::vector<Segment> segments;  // disjoint; what lies between them keeps its value
   std::vector<AdamStep> groups;
+  float* accum = nullptr;             // sums of gradients, fp32; null where there are none
+  double* magnitudes = nullptr;       // receives (sum of squares, largest magnitude) of each segment's sums
   Place master, exp_avg, exp_avg_sq;  // fp32
   // New weights in 16 bit. With a host place and an extent both, they are written to the host place
   // (4096-byte aligned, with room up to the next multiple) and from there to the extent. An extent alone
@@ -56,6 +66,8 @@ struct AdamJob {
   Dtype out_dtype = Dtype::none;
   // CUevents that must be complete before the gradient is read and any weight is written.
   std::vector<std::uintptr_t> ready_events;
+
+  bool updates() const { return accum == nullptr || !groups.empty(); }
 };
 
 struct StateBuffer {

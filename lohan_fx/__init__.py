@@ -15,6 +15,7 @@ _PUBLIC = {
     "BudgetError": "errors",
     "CaptureError": "errors",
     "CompiledModel": "api",
+    "GradScaler": "scaling",
     "InfeasiblePlan": "errors",
     "LohanError": "errors",
     "NativeUnavailable": "errors",
@@ -62,3 +63,4 @@ if TYPE_CHECKING:
     )
     from .optim import Adam, AdamW
     from .plan import Plan
+    from .scaling import GradScaler

@@ -144,6 +144,9 @@ def available_isas() -> list[str]:
 def usable_cpus() -> int:
     """CPUs this process may run on."""
 
+def measure(values_ptr: int, numel: int) -> tuple[float, float]:
+    """(Sum of squares, largest magnitude) of fp32 values; NaN counts as the largest."""
+
 def adam_update(
     master_ptr: int,
     exp_avg_ptr: int,
@@ -162,6 +165,7 @@ def adam_update(
     decoupled: bool,
     step: int,
     grad_scale: float = 1.0,
+    unscale: float = 1.0,
     num_threads: int = 0,
     isa: str | None = None,
 ) -> None:
@@ -170,8 +174,8 @@ def adam_update(
     master, exp_avg and exp_avg_sq are fp32; grad_dtype is "float32", "bfloat16" or "float16". With an
     out_dtype ("bfloat16", "float16") the new weights also go to out_ptr, rounded to nearest even; it
     may be the memory of a 16-bit gradient. Else out_ptr is 0. `decoupled` is AdamW, else L2. Gradients
-    are multiplied by grad_scale first. Every instruction set and number of threads (0: all usable
-    CPUs) gives the same bits.
+    are multiplied by unscale first, then by grad_scale. Every instruction set and number of threads
+    (0: all usable CPUs) gives the same bits.
     """
 
 # ---- optimizer pipeline ----
@@ -193,6 +197,7 @@ class AdamStep:
         decoupled: bool,
         step: int,
         grad_scale: float = 1.0,
+        unscale: float = 1.0,
     ) -> None: ...
     @property
     def lr(self) -> float: ...
@@ -210,6 +215,8 @@ class AdamStep:
     def step(self) -> int: ...
     @property
     def grad_scale(self) -> float: ...
+    @property
+    def unscale(self) -> float: ...
 
 class AdamJob:
     """One bucket's update. Its host memory stays valid and untouched until the job is done.
@@ -223,6 +230,11 @@ class AdamJob:
 
     ready_events are CUevents (torch.cuda.Event.cuda_event; zeros are ignored) that must be complete
     before the gradient is read and any weight is written. They must exist until the job is done.
+
+    With `accum`, a host pointer to numel fp32 sums, each segment's gradient first goes into them as its
+    entry of `adds` says ("keep", "set", "add"; none at all: keep), and the update is made from the sums.
+    With no groups there is no update, and no place for state is needed (0). `magnitudes` points to two
+    doubles for each segment: its sums' sum of squares, and their largest magnitude (NaN counts as it).
     """
 
     def __init__(
@@ -241,6 +253,9 @@ class AdamJob:
         out_extent: Extent | None = None,
         out_dtype: str | None = None,
         ready_events: Sequence[int] = (),
+        accum: int = 0,
+        adds: Sequence[str] = (),
+        magnitudes: int = 0,
     ) -> None: ...
     @property
     def name(self) -> str: ...

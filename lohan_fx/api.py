@@ -139,15 +139,30 @@ class CompiledModel(torch.nn.Module):
         self._lohan.close()
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Gradient accumulation over several backwards; not available yet.
+        """Accumulate gradients: around all micro-batches of a step but the last one, as with DDP.
+
+            for micro_batch in first_ones:
+                with model.no_sync():
+                    loss(model(micro_batch)).backward()
+            loss(model(last)).backward()
+            opt.step(); opt.zero_grad()
+
+        As in DDP it is the forward that counts: the backward of a forward made inside accumulates,
+        wherever it is called. Each micro-batch's gradient, in the compute dtype, is added to an fp32
+        sum in the order of the backwards; the step is that of a plain loop which keeps `master.grad`
+        in fp32 and adds `param.grad.float()` to it. Losses are neither divided nor weighted; do that
+        as in plain PyTorch. `zero_grad()` drops the sums; `step()` after accumulating backwards alone
+        uses them.
+
+        The sums take 4 bytes a trainable parameter, next to the optimizer state: in DRAM where the CPU
+        updates, else on the GPU; the plan counts them. The first use after a forward without it plans
+        and compiles anew, so enter it in the first step.
 
         Raises:
-            NotImplementedError: always, in this version.
+            InfeasiblePlan: at the next forward, where the accumulators do not fit; says how large
+                they are.
         """
-        raise NotImplementedError(
-            "gradient accumulation is not available in this version; use a larger batch (activations "
-            "are swapped, so it needs no more GPU memory than the plan says)"
-        )
+        return self._lohan.no_sync()
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         raise LohanError(

@@ -20,6 +20,7 @@ try:
         copy,
         host_available_bytes,
         isa,
+        measure,
         usable_cpus,
     )
 except ImportError as error:
@@ -39,5 +40,6 @@ __all__ = [
     "copy",
     "host_available_bytes",
     "isa",
+    "measure",
     "usable_cpus",
 ]

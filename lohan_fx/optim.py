@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +13,13 @@ import torch
 from .errors import LohanError, TrainingLoopError
 from .params import GuardedParameter, Owner, owner_of
 from .runtime import AdamGroup
+
+# Enabled loss scalers (scaling.GradScaler) and optimizers, as long as they live.
+loss_scalers: weakref.WeakSet[Any] = weakref.WeakSet()
+optimizers: weakref.WeakSet[Adam] = weakref.WeakSet()
+# In a group these would be kept and never read.
+_NOT_BY_GROUP = ("max_grad_norm", "norm_type", "skip_nonfinite")
+_NOT_SUPPORTED = ("amsgrad", "maximize", "differentiable")
 
 
 class Adam(torch.optim.Optimizer):
@@ -23,14 +33,26 @@ class Adam(torch.optim.Optimizer):
         params: parameters, or groups of them, of one model given to `lohan_fx.compile`. Every one
             that requires a gradient must be in exactly one group.
         lr, betas, eps, weight_decay: as in torch.optim.Adam; each may differ by group.
-        max_grad_norm: clip the global L2 norm of all gradients to this, exactly as
-            `torch.nn.utils.clip_grad_norm_` does before the step; None does not clip.
+        max_grad_norm: clip the global norm of all gradients, over every group, to this, exactly as
+            `torch.nn.utils.clip_grad_norm_` does before the step; None does not clip. May be changed
+            between steps.
+        norm_type: the norm that is clipped: 2.0, or infinity for the largest magnitude.
+        skip_nonfinite: a step with a NaN or Inf gradient changes nothing: no weight, no moment, no
+            step count. `skipped_steps` counts them.
+
+    Clipping, `skip_nonfinite` and loss scaling need every gradient before the first update, so they go
+    with `overlap="next-forward"`, which "auto" picks then.
+
+    A parameter without a gradient in some step (unused in that forward) is left out of it, as in
+    torch.optim: its moments, its weight and its own step count stay.
 
     Raises:
         LohanError: a parameter is not managed, or the parameters belong to several models.
+        ValueError: an argument is out of range, or given by group although it is not one's own.
     """
 
     _decoupled = False
+    max_grad_norm: float | None
 
     def __init__(
         self,
@@ -41,11 +63,18 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; give a positive number or None")
+        if float(norm_type) not in (2.0, math.inf):
+            raise ValueError(f"norm_type is {norm_type}; give 2.0 or float('inf')")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.max_grad_norm = max_grad_norm
+        self.norm_type = float(norm_type)
+        self.skip_nonfinite = bool(skip_nonfinite)
+        self._with_scaler = False
         self._group_of: dict[int, int] = {}
         super().__init__(params, defaults)
         owners = {id(owner): owner for owner in self._find_owners()}
@@ -55,6 +84,7 @@ class Adam(torch.optim.Optimizer):
             )
         (self._owner,) = owners.values()
         self._owner.attach(self)
+        optimizers.add(self)
 
     def _find_owners(self) -> Iterable[Owner]:
         for index, group in enumerate(self.param_groups):
@@ -100,9 +130,54 @@ class Adam(torch.optim.Optimizer):
         return self._group_of.get(pid)
 
     @property
+    def checks_finite(self) -> bool:
+        """Whether it must be known at step() if a gradient is NaN or Inf."""
+        return self.skip_nonfinite or bool(loss_scalers)
+
+    @property
+    def waits(self) -> str | None:
+        """What of this optimizer needs every gradient before the first update; None if nothing does."""
+        if self.max_grad_norm is not None:
+            return f"max_grad_norm={self.max_grad_norm}"
+        return "skip_nonfinite=True" if self.skip_nonfinite else None
+
+    @property
     def last_grad_norm(self) -> float | None:
-        """Global L2 norm of the gradients of the last step, before clipping; None unless clipping."""
+        """Global norm of the gradients of the last step, unscaled, before clipping, as
+        `clip_grad_norm_` returns it; None unless clipping."""
         return self._owner.last_grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because a gradient was NaN or Inf (see `skip_nonfinite`), those
+        that a GradScaler skipped included."""
+        return self._owner.skipped_steps
+
+    # What GradScaler asks.
+
+    @property
+    def owner(self) -> Owner:
+        """What manages the parameters."""
+        return self._owner
+
+    @contextmanager
+    def stepped_by_scaler(self) -> Iterator[None]:
+        """Let a lohan_fx.GradScaler make the step."""
+        self._with_scaler = True
+        try:
+            yield
+        finally:
+            self._with_scaler = False
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch.amp.GradScaler.step(), which finds no gradients to unscale or to check."""
+        if not self._with_scaler:
+            raise TrainingLoopError(
+                "torch.amp.GradScaler unscales param.grad, where lohan_fx keeps no gradients; use "
+                "lohan_fx.GradScaler, which takes the same arguments"
+            )
+        return False
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -147,6 +222,8 @@ class Adam(torch.optim.Optimizer):
                 f"the state has groups of {[len(g['params']) for g in saved]} parameters, this "
                 f"optimizer of {sizes}"
             )
+        for stored in saved:
+            _check_group({**self.defaults, **stored})
         for group, stored in zip(self.param_groups, saved, strict=True):
             group.update({k: v for k, v in stored.items() if k != "params"})
             for param, index in zip(group["params"], stored["params"], strict=True):
@@ -172,8 +249,19 @@ class AdamW(Adam):
         weight_decay: float = 1e-2,
         *,
         max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        skip_nonfinite: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            max_grad_norm=max_grad_norm,
+            norm_type=norm_type,
+            skip_nonfinite=skip_nonfinite,
+        )
 
 
 def _pid(param: torch.Tensor) -> int:
@@ -184,6 +272,15 @@ def _pid(param: torch.Tensor) -> int:
 
 
 def _check_group(group: dict[str, Any]) -> None:
+    for name in _NOT_BY_GROUP:
+        if name in group:
+            raise ValueError(
+                f"{name} is given to a parameter group, but it holds for all of them together; give it "
+                "to the optimizer"
+            )
+    for name in _NOT_SUPPORTED:
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]} is not supported; leave it out of the group")
     beta1, beta2 = group["betas"]
     if not 0.0 <= beta1 < 1.0 or not 0.0 <= beta2 < 1.0:
         raise ValueError(f"betas are {group['betas']}; each must be in [0, 1)")

@@ -33,6 +33,11 @@ class Owner(Protocol):
     def set_optimizer_state(self, pid: int, state: Mapping[str, Any]) -> None: ...
     @property
     def last_grad_norm(self) -> float | None: ...
+    @property
+    def skipped_steps(self) -> int: ...
+    def check_scaling(self) -> None: ...
+    def unscale_gradients(self, inverse: float) -> bool: ...
+    def skip_step(self) -> None: ...
 
 
 # Parameter -> its owner and number; torch's dictionary, which keys by identity, has no types.
@@ -214,7 +219,7 @@ def _refuse_pending(param: torch.Tensor) -> None:
         raise TrainingLoopError(
             "param.grad is read after a backward, but gradients are consumed inside the step and never "
             "kept there; to clip, give max_grad_norm= to lohan_fx.AdamW instead of calling "
-            "clip_grad_norm_"
+            "clip_grad_norm_; to scale the loss, use lohan_fx.GradScaler instead of torch.amp's"
         )
 
 

@@ -61,6 +61,10 @@ def report_text(
             + _pairs({k: f"{v / 1e6:.1f} MB" for k, v in stats.moved_bytes.items()})
         )
         lines.append("host waited, s: " + _pairs({k: f"{v:.3g}" for k, v in stats.stall_s.items()}))
+    if stats is not None and stats.skipped_steps:
+        lines.append(
+            f"steps: {stats.steps} made, {stats.skipped_steps} skipped for a NaN or Inf gradient"
+        )
     if setup_s:
         lines.append("set-up, s: " + _pairs({k: f"{v:.2f}" for k, v in setup_s.items()}))
     return "\n".join(lines)

@@ -37,9 +37,15 @@ from .compiler.formulate import formulate_training
 from .compiler.skeleton import Skeleton
 from .compiler.tensors import num_tokens, tensor_rows
 from .compiler.weave import Layout, Windows, Woven
-from .errors import CaptureError, LohanError, PlanMismatch, TrainingLoopError
+from .errors import (
+    CaptureError,
+    InfeasiblePlan,
+    LohanError,
+    PlanMismatch,
+    TrainingLoopError,
+)
 from .hardware import Hardware
-from .optim import Adam
+from .optim import Adam, loss_scalers
 from .params import ManagedParams
 from .piecewise import Value, in_memory
 from .pins import Pins, best_of, forced_placements
@@ -52,6 +58,7 @@ from .planner import (
     Place,
     Problem,
     Solution,
+    accumulator_bytes,
     solve,
     validate,
 )
@@ -60,6 +67,7 @@ from .progress import progress_bar
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
 from .runtime.buckets import stored_pieces
 from .step import TracedStep
+from .units import format_bytes
 
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
 CUDA_MARGIN_BYTES = 160 * 2**20
@@ -131,6 +139,11 @@ class Session:
         self._pending_state: dict[int, Mapping[str, Any]] = {}
         self._placed: Captured | None = None  # whose placements and windows are in force
         self._known: set[int] = set()  # programs that the runtime has
+        self._no_sync = False  # inside of no_sync()
+        self._accumulates = False  # since no_sync() was first used
+        self._trained_by: tuple[Overlap, bool] | None = (
+            None  # what training programs were planned for
+        )
         self._adopted = False
         self._closed = False
         self.params = ManagedParams(model, self, device=settings.device, dtype=dtype)
@@ -260,7 +273,7 @@ class Session:
                 f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; pass them, or freeze "
                 "them with requires_grad_(False) before lohan_fx.compile"
             )
-        self._check_clipping(optimizer)
+        self._check_overlap(optimizer)
         replaces = self._optimizer is not None and present is None
         if replaces and self.runtime is not None and self._adopted:
             self.runtime.reset_moments()
@@ -277,12 +290,49 @@ class Session:
 
     @property
     def gradients_pending(self) -> bool:
-        """True between a backward and its step()."""
+        """True between a backward and its step(), and while gradients are accumulated."""
         return self.runtime is not None and self.runtime.gradients_pending
 
     @property
     def last_grad_norm(self) -> float | None:
         return None if self.runtime is None else self.runtime.last_grad_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        return 0 if self.runtime is None else self.runtime.stats().skipped_steps
+
+    def check_scaling(self) -> None:
+        """Refuse a scaled loss whose backward would use gradients before they are unscaled."""
+        runtime = self.runtime
+        if runtime is not None and runtime.awaits_backward and not runtime.waits_for_step:
+            raise TrainingLoopError(
+                "loss scaling needs every gradient before the first update, which "
+                f'overlap={self.settings.overlap!r} does not give here; use overlap="next-forward", '
+                'or "auto" with the GradScaler made before the forward'
+            )
+
+    def unscale_gradients(self, inverse: float) -> bool:
+        """Let step() multiply gradients by this; True if one is NaN or Inf."""
+        self._check_open()
+        if self.runtime is None:
+            raise TrainingLoopError(
+                "there are no gradients to unscale; run a forward and a backward"
+            )
+        return self.runtime.unscale_gradients(inverse)
+
+    def skip_step(self) -> None:
+        if self.runtime is not None:
+            self.runtime.skip_step()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Forwards inside leave their gradients to the step of a later backward."""
+        before, self._no_sync = self._no_sync, True
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._no_sync = before
 
     def optimizer_state(self, pid: int) -> dict[str, Any]:
         """step, exp_avg, exp_avg_sq and master of one parameter, as CPU copies; {} if frozen."""
@@ -293,7 +343,7 @@ class Session:
             return {name: in_memory(value) for name, value in state.items()}
         exp_avg, exp_avg_sq = self.runtime.moments(pid)
         return {
-            "step": torch.tensor(float(self.runtime.step_count)),
+            "step": torch.tensor(float(self.runtime.steps(pid))),
             "exp_avg": exp_avg,
             "exp_avg_sq": exp_avg_sq,
             "master": self.runtime.master(pid),
@@ -316,7 +366,7 @@ class Session:
         if "master" in state:
             self.runtime.set_master(pid, state["master"])
         self.runtime.set_moments(pid, state["exp_avg"], state["exp_avg_sq"])
-        self.runtime.step_count = int(state["step"])
+        self.runtime.set_steps(pid, int(state["step"]))
 
     # Captures.
 
@@ -338,6 +388,7 @@ class Session:
             overlap=overlap,
             fused=settings.lowering == "inductor",
             margin_bytes=self._margin_bytes(),
+            accumulates=self._accumulates,
         )
         if settings.trace_only:
             self.traced = TracedStep(
@@ -348,6 +399,8 @@ class Session:
                 tokens_per_step=num_tokens(traced),
             )
             raise PlanReady("traced")
+        if traced.training:
+            self._trained_by = overlap, self._accumulates
         solution = self._solve(problem, traced)
         captured = Captured(
             training=traced.training,
@@ -449,7 +502,7 @@ class Session:
             for pid, state in pending.items():
                 if "master" in state:
                     runtime.set_master(pid, state["master"])
-                runtime.step_count = int(state["step"])
+                runtime.set_steps(pid, int(state["step"]))
             pending.clear()
         elif self._placed is None or not _runs_within(captured, self._placed):
             with self.timed("place again"):
@@ -461,6 +514,7 @@ class Session:
         optimizer = self._optimizer_now()
         if captured.training and optimizer is not None:
             runtime.attach(optimizer)
+        runtime.no_sync = self._no_sync
 
     def _forget_evaluation(self) -> None:
         """Let evaluation be captured anew, under the placements that training has."""
@@ -495,6 +549,7 @@ class Session:
             )
         if trains:
             refuse_autograd_modes()
+            self._forget_training_unless_planned()
         return self._run(self._compiled[torch.is_grad_enabled()], args, kwargs)
 
     def evaluate(self, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> Any:
@@ -521,6 +576,13 @@ class Session:
                 raise
             # What Dynamo wraps around it, and its frames, say nothing more.
             raise shown.with_traceback(None) from None
+
+    def _forget_training_unless_planned(self) -> None:
+        """Plan anew where what there is was not planned for accumulation, or to wait for step()."""
+        wanted = self._overlap(), self._accumulates
+        if self._trained_by is not None and self._trained_by != wanted:
+            self._trained_by = None
+            torch._dynamo.reset_code(self._steps[True].__code__)
 
     def stats(self) -> RuntimeStats | None:
         """What the runtime has counted; None before there is one."""
@@ -591,19 +653,21 @@ class Session:
         chosen = self.settings.overlap
         optimizer = self._optimizer_now()
         if chosen != "auto":
-            self._check_clipping(optimizer)
+            self._check_overlap(optimizer)
             return Overlap(chosen)
-        clips = optimizer is not None and optimizer.max_grad_norm is not None
-        return Overlap.NEXT_FORWARD if clips else Overlap.BACKWARD
+        waited = self._trained_by is not None and self._trained_by[0].waits_for_step
+        waits = optimizer is not None and (optimizer.waits is not None or bool(loss_scalers))
+        # Once it waits it goes on so: changing back and forth would compile every time.
+        return Overlap.NEXT_FORWARD if waits or waited else Overlap.BACKWARD
 
-    def _check_clipping(self, optimizer: Adam | None) -> None:
+    def _check_overlap(self, optimizer: Adam | None) -> None:
         chosen = self.settings.overlap
-        if optimizer is None or optimizer.max_grad_norm is None or chosen == "auto":
+        if optimizer is None or optimizer.waits is None or chosen == "auto":
             return
         if not Overlap(chosen).waits_for_step:
             raise LohanError(
-                f"max_grad_norm needs all gradients before the first update, which overlap={chosen!r} "
-                'does not allow; use overlap="next-forward" or "auto"'
+                f"{optimizer.waits} needs all gradients before the first update, which "
+                f'overlap={chosen!r} does not allow; use overlap="next-forward" or "auto"'
             )
 
     def _margin_bytes(self) -> int:
@@ -688,9 +752,18 @@ class Session:
 
     def _run_policy(self, problem: Problem, forced: Forced) -> Solution:
         policy = self.settings.policy
-        if callable(policy):
-            return policy(problem, forced)
-        return solve(problem, policy=policy, forced=forced)
+        try:
+            if callable(policy):
+                return policy(problem, forced)
+            return solve(problem, policy=policy, forced=forced)
+        except InfeasiblePlan as error:
+            if problem.accumulates:
+                error.args = (
+                    f"{error}; no_sync() adds "
+                    f"{format_bytes(sum(accumulator_bytes(b) for b in problem.buckets))} of fp32 "
+                    "gradient accumulators, in DRAM where the CPU updates and else on the GPU",
+                )
+            raise
 
     def _options(self, solution: Solution, overlap: Overlap) -> RuntimeOptions:
         windows = solution.windows
@@ -701,6 +774,7 @@ class Session:
             state_buffers=windows.state_buffers,
             inbound_bytes=windows.inbound_bytes,
             outbound_bytes=windows.outbound_bytes,
+            accumulates=self._accumulates,
             poison=self.settings.poison,
         )
 

@@ -25,6 +25,7 @@ from lohan_fx.planner import policies
 from lohan_fx.planner.cost import (
     Ledger,
     Room,
+    accumulator_bytes,
     activation_places,
     bucket_places,
     predict,
@@ -106,6 +107,7 @@ __all__ = [
     "Solution",
     "Stage",
     "Windows",
+    "accumulator_bytes",
     "activation_places",
     "bucket_places",
     "check_policy",

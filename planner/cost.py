@@ -154,6 +154,11 @@ def state_buffer_bytes(bucket: Bucket, place: BucketPlace) -> int:
     return size
 
 
+def accumulator_bytes(bucket: Bucket) -> int:
+    """Bytes of a bucket's fp32 sum of gradients, in any tier; 0 where it is frozen."""
+    return align_up(4 * bucket.numel, PAGE) if bucket.trainable else 0
+
+
 def weight_section_bytes(bucket: Bucket) -> int:
     return align_up(bucket.weight_bytes, PAGE)
 
@@ -346,6 +351,8 @@ def bucket_spans(problem: Problem, bucket: Bucket, place: BucketPlace) -> list[S
             spans.append((2 * num_stages - 1 - first, 2 * num_stages - last, weight))
     if bucket.grad_stage is not None and place.state is Place.GPU:
         spans.append((0, end, state_section_bytes(bucket)))
+        if problem.accumulates:
+            spans.append((0, end, accumulator_bytes(bucket)))
         first, last = gradient_interval(bucket)
         done = end if problem.overlap.waits_for_step else 2 * num_stages - last
         spans.append((2 * num_stages - 1 - first, done, align_up(bucket.grad_bytes, GPU_ALIGN)))
@@ -493,6 +500,8 @@ class Ledger:
         if place.state is Place.GPU:
             self._num_gpu_states += sign
             return
+        if problem.accumulates:
+            self._dram_item_bytes += sign * accumulator_bytes(bucket)
         self._size("grad", align_up(bucket.grad_bytes, PAGE), sign)
         self._cpu_grad_bytes += sign * align_up(bucket.grad_bytes, PAGE)
         self._grad[bucket.grad_stage] += sign * align_up(bucket.grad_bytes, GPU_ALIGN)

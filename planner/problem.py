@@ -178,6 +178,8 @@ class Problem:
     temporaries of an update on the GPU; they count only where some state is there.
     `ssd_bounce_bytes` of DRAM serve blocking copies; they count only where something is on SSD.
     With `max_ssd_bytes_per_day`, no plan writes more to SSD in a day of steps at its predicted pace.
+    `accumulates`: every trainable bucket has an fp32 sum of gradients, on the GPU if its state is
+    there, else in DRAM.
     """
 
     capacities: Capacities
@@ -191,6 +193,7 @@ class Problem:
     ssd_bounce_bytes: int = 0
     overlap: Overlap = Overlap.BACKWARD
     max_ssd_bytes_per_day: int | None = None
+    accumulates: bool = False
 
     def __post_init__(self) -> None:
         faults = _faults(self)

@@ -207,6 +207,7 @@ def _gpu(problem: Problem, solution: Solution) -> list[str]:
             if bucket.grad_stage is None or place.state != Place.GPU:
                 continue
             live += _state_sections(bucket)
+            live += _pages(4 * bucket.numel) * problem.accumulates
             earliest = max([bucket.grad_stage, *bucket.forward_stages, *bucket.backward_stages])
             latest = min([bucket.grad_stage, *bucket.backward_stages])
             if not forward and stage <= earliest and (waits or stage >= latest):
@@ -266,6 +267,8 @@ def _dram(problem: Problem, solution: Solution) -> list[str]:
         if kept == Place.DRAM
     ]
     used += _pages(sum(slots))
+    if problem.accumulates:
+        used += sum(_pages(4 * bucket.numel) for bucket, _ in updated)
     gradients = [_pages(b.grad_bytes) for b, _ in updated]
     if problem.overlap in (Overlap.NEXT_FORWARD, Overlap.SERIAL):
         used += sum(gradients)

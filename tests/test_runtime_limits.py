@@ -49,7 +49,8 @@ def test_clipping_is_that_of_clip_grad_norm(tmp_path: Path) -> None:
         norm = float(torch.nn.utils.clip_grad_norm_(stubs, 0.5))
         driver.train(program)
         assert runtime.last_grad_norm == pytest.approx(norm, rel=1e-6)
-        reference.step(scale=0.5 / (runtime.last_grad_norm + 1e-6))
+        found = torch.tensor(runtime.last_grad_norm)
+        reference.step(scale=float(0.5 / (found + 1e-6)))
     reference.check(runtime)
     runtime.close()
 

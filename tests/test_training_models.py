@@ -414,13 +414,6 @@ def test_freezing_after_compile_is_refused(tmp_path: Path) -> None:
     model.close()
 
 
-def test_gradient_accumulation_says_that_it_is_not_there_yet(tmp_path: Path) -> None:
-    model = compiled(MLP.build(), tmp_path)
-    with pytest.raises(NotImplementedError, match="use a larger batch"):
-        model.no_sync()
-    model.close()
-
-
 def test_the_report_and_the_graphs_read_well(tmp_path: Path) -> None:
     model = compiled(gpt2(), tmp_path, "gpu=600kB, dram=800kB")
     for ask in (model.report, model.graphs, lambda: model.plan):

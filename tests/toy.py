@@ -142,8 +142,15 @@ class Hyper:
     """Stands in for an optimizer."""
 
     max_grad_norm: float | None = None
+    norm_type: float = 2.0
+    skip_nonfinite: bool = False
+    checks_finite: bool = False
     each: list[AdamGroup] = field(default_factory=lambda: [GROUP])
     left_out: frozenset[int] = frozenset()
+
+    @property
+    def waits(self) -> str | None:
+        return None if self.max_grad_norm is None else f"max_grad_norm={self.max_grad_norm}"
 
     def groups(self) -> list[AdamGroup]:
         return list(self.each)
@@ -227,6 +234,7 @@ class Driver:
     handle: torch.Tensor | None = None
     salt: float = 0.0
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    factor: float = 1.0  # of every gradient
     linger: int = 0  # GPU clock cycles that each wait and gradient takes, to bring races out
 
     @property
@@ -293,7 +301,7 @@ class Driver:
             self.pairs.append((value.clone(), self.saved.pop(arg)))
         elif move.op == "grad":
             self.pause()
-            ops.grad(number, arg, gradient(arg, self.seen[arg]))
+            ops.grad(number, arg, gradient(arg, self.seen[arg]) * self.factor)
         else:
             getattr(ops, move.op)(number, arg)
 

@@ -61,12 +61,14 @@ def formulate_training(
     overlap: Overlap,
     fused: bool,
     margin_bytes: int,
+    accumulates: bool = False,
 ) -> Problem:
     """The Problem of one training step.
 
     Args:
         fused: regions are compiled by Inductor, so that chains of pointwise ops leave no temporaries.
         margin_bytes: GPU bytes to leave to the allocator and to libraries' workspaces.
+        accumulates: gradients of several backwards are added up before an update.
     """
     graph = joint.graph
     backward = backward_nodes(graph)
@@ -111,6 +113,7 @@ def formulate_training(
         gpu_margin_bytes=margin_bytes,
         gpu_adam_workspace_bytes=max((4 * b.numel for b in buckets if b.trainable), default=0),
         overlap=overlap,
+        accumulates=accumulates,
     )
 
 

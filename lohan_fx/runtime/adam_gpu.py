@@ -17,7 +17,10 @@ _BATCH_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Flat device arrays of one parameter, all of N elements; `weight` is None for fp32 weights."""
+    """Flat device arrays of one parameter, all of N elements; `weight` is None for fp32 weights.
+
+    `step` counts this parameter's updates, from 1.
+    """
 
     grad: torch.Tensor
     master: torch.Tensor
@@ -25,23 +28,31 @@ class Update:
     exp_avg_sq: torch.Tensor
     weight: torch.Tensor | None
     group: AdamGroup
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Every gradient is multiplied by `unscale` (the loss scale's inverse), then by `clip`, in fp32."""
+
+    unscale: float = 1.0
+    clip: float = 1.0
 
 
 @torch.no_grad()
-def update_on_device(updates: Sequence[Update], step: int, grad_scale: float) -> None:
+def update_on_device(updates: Sequence[Update], scale: Scale) -> None:
     """One Adam step. On the CPU it is the native update, so its bits are those of a CPU-tier bucket."""
     if not updates:
         return
     if updates[0].master.device.type == "cpu":
         for update in updates:
-            _update_native(update, step, grad_scale)
+            _update_native(update, scale)
         return
-    state_step = torch.full((), float(step), dtype=torch.float32, device=updates[0].master.device)
     for batch in _batches(updates):
-        _update_fused(batch, state_step, grad_scale)
+        _update_fused(batch, scale)
 
 
-def adam_step(group: AdamGroup, step: int, grad_scale: float) -> native.AdamStep:
+def adam_step(group: AdamGroup, step: int, scale: Scale) -> native.AdamStep:
     """The native form of one group's scalars."""
     return native.AdamStep(
         lr=group.lr,
@@ -51,11 +62,12 @@ def adam_step(group: AdamGroup, step: int, grad_scale: float) -> native.AdamStep
         weight_decay=group.weight_decay,
         decoupled=group.decoupled,
         step=step,
-        grad_scale=grad_scale,
+        unscale=scale.unscale,
+        grad_scale=scale.clip,
     )
 
 
-def _update_native(update: Update, step: int, grad_scale: float) -> None:
+def _update_native(update: Update, scale: Scale) -> None:
     weight, group = update.weight, update.group
     native.adam_update(
         update.master.data_ptr(),
@@ -72,13 +84,14 @@ def _update_native(update: Update, step: int, grad_scale: float) -> None:
         eps=group.eps,
         weight_decay=group.weight_decay,
         decoupled=group.decoupled,
-        step=step,
-        grad_scale=grad_scale,
+        step=update.step,
+        unscale=scale.unscale,
+        grad_scale=scale.clip,
     )
 
 
 def _batches(updates: Sequence[Update]) -> Iterator[list[Update]]:
-    """Pieces of one group each, with at most _BATCH_ELEMENTS elements together."""
+    """Pieces of one group and step each, with at most _BATCH_ELEMENTS elements together."""
     batch: list[Update] = []
     size = 0
     for update in updates:
@@ -91,9 +104,11 @@ def _batches(updates: Sequence[Update]) -> Iterator[list[Update]]:
                 update.exp_avg_sq[cut],
                 None if update.weight is None else update.weight[cut],
                 update.group,
+                update.step,
             )
             size += piece.master.numel()
-            if batch and (size > _BATCH_ELEMENTS or batch[0].group != piece.group):
+            other = batch and (batch[0].group, batch[0].step) != (piece.group, piece.step)
+            if batch and (size > _BATCH_ELEMENTS or other):
                 yield batch
                 batch, size = [], piece.master.numel()
             batch.append(piece)
@@ -101,12 +116,16 @@ def _batches(updates: Sequence[Update]) -> Iterator[list[Update]]:
         yield batch
 
 
-def _update_fused(batch: list[Update], state_step: torch.Tensor, grad_scale: float) -> None:
+def _update_fused(batch: list[Update], scale: Scale) -> None:
     group = batch[0].group
+    state_step = torch.full(
+        (), float(batch[0].step), dtype=torch.float32, device=batch[0].master.device
+    )
     grads = [piece.grad.float() for piece in batch]
-    if grad_scale != 1.0:
-        # Not in place: a float32 gradient is still the caller's tensor.
-        grads = list(torch._foreach_mul(grads, grad_scale))
+    for factor in (scale.unscale, scale.clip):
+        if factor != 1.0:
+            # Not in place: a float32 gradient is still the caller's tensor.
+            grads = list(torch._foreach_mul(grads, factor))
     masters = [piece.master for piece in batch]
     fused = torch._fused_adamw_ if group.decoupled else torch._fused_adam_
     fused(

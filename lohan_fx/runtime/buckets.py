@@ -4,6 +4,11 @@ Nothing here is asynchronous: it fills, reads and migrates buckets while no move
 a step the rest of the runtime only asks where the bytes are.
 
 Shapes: P = elements of one bucket, padding included; N = elements of one parameter.
+
+[Note: accumulation]
+Where gradients are accumulated, every trainable bucket has an fp32 sum of P elements: on the GPU if its
+state is there, else in DRAM. `accumulated` holds the parameters whose part of it counts, with the sum's
+L2 norm and largest magnitude where they have been measured. Both go along when the bucket moves.
 """
 
 from __future__ import annotations
@@ -249,6 +254,9 @@ class BucketHome:
         except BaseException:
             self.weight.free()
             raise
+        # Sums of gradients over several backwards, fp32, next to the state: see [Note: accumulation].
+        self.accum: Resting | None = None
+        self.accumulated: dict[int, tuple[float, float] | None] = {}
         self._state_sections = SECTIONS[1:] if bucket.has_master else SECTIONS[2:]
         self._views: list[torch.Tensor] | None = None
 
@@ -273,6 +281,27 @@ class BucketHome:
         if tier is Tier.DRAM:
             return InDram(self._pools, nbytes, what, pinned=True)
         return OnSsd(self._pools, nbytes, what)
+
+    def _allocate_accum(self, state: Tier) -> Resting:
+        what = f"the gradient accumulator of {self.bucket.name}"
+        nbytes = 4 * self.bucket.numel
+        if state is Tier.GPU:
+            return OnGpu(self._pools, nbytes, what)
+        return InDram(self._pools, nbytes, what, pinned=False)
+
+    def accumulate(self, on: bool) -> None:
+        """Have an accumulator, or not; what it holds is kept."""
+        if self.state is None or on == (self.accum is not None):
+            return
+        if self.accum is not None:
+            self.accum.free()
+            self.accumulated.clear()
+        self.accum = self._allocate_accum(self.state.tier) if on else None
+
+    def sums(self) -> torch.Tensor:
+        """The accumulator, of shape (P,), in device or host memory."""
+        assert isinstance(self.accum, OnGpu | InDram)
+        return self.accum.memory.bytes[: 4 * self.bucket.numel].view(torch.float32)
 
     def _allocate_state(self, tier: Tier) -> Resting:
         what = f"the optimizer state of {self.bucket.name}"
@@ -405,8 +434,9 @@ class BucketHome:
 
     def free(self) -> None:
         self.weight.free()
-        if self.state is not None:
-            self.state.free()
+        for part in (self.state, self.accum):
+            if part is not None:
+                part.free()
 
     def move(self, placement: BucketPlacement) -> None:
         """Go to other tiers, weights first; on failure each part is whole, in its old or new tier.
@@ -426,6 +456,16 @@ class BucketHome:
             nbytes = state_section_bytes(self.bucket) * len(self._state_sections)
             self._copy(self.state, moved, nbytes)
             self.state, old = moved, self.state
+            old.free()
+        if self.accum is not None and self.state is not None:
+            self._move_accum(self.state.tier)
+
+    def _move_accum(self, state: Tier) -> None:
+        assert self.accum is not None
+        if (self.accum.tier is Tier.GPU) != (state is Tier.GPU):
+            moved = self._allocate_accum(state)
+            self._copy(self.accum, moved, 4 * self.bucket.numel)
+            self.accum, old = moved, self.accum
             old.free()
 
     def _copy(self, source: Resting, to: Resting, nbytes: int) -> None:
@@ -532,6 +572,15 @@ class BucketStore:
                 raise refusal
             left = stuck
         self._pools.drop_bounce()
+
+    def accumulate(self, on: bool) -> None:
+        """Give every trainable bucket an fp32 sum for its gradients, or none.
+
+        Raises:
+            LohanError: a budget is exceeded; says by which bucket's.
+        """
+        for home in self.homes.values():
+            home.accumulate(on)
 
     def _tiers(self, index: int) -> tuple[Tier, Tier | None]:
         home = self.homes[index]

@@ -263,6 +263,8 @@ class Inbound:
         if not head.source.is_valid():
             head.source.make_valid()
             return
+        if not self._occupants:
+            return  # an update has finished since `item` was last tried
         oldest = self._occupants[0]
         if oldest.state is IncomingState.READING:
             with self._waits.counted("ssd_read"):

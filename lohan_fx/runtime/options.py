@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +22,8 @@ class RuntimeOptions:
         inbound_bytes: pinned staging for everything on its way from SSD to GPU.
         outbound_bytes: pinned staging for activations on their way from GPU to SSD.
         num_adam_threads: 0 lets the optimizer choose.
+        accumulates: keep an fp32 sum of gradients for every trainable bucket, next to its state: on
+            the GPU, or in DRAM where the CPU updates it.
         deadline_s: no wait lasts longer than this.
         poison: fill memory with NaN where nothing may read it any more (tests).
     """
@@ -32,6 +35,7 @@ class RuntimeOptions:
     inbound_bytes: int = 0
     outbound_bytes: int = 0
     num_adam_threads: int = 0
+    accumulates: bool = False
     deadline_s: float = 600.0
     poison: bool = False
 
@@ -49,15 +53,50 @@ class AdamGroup:
 
 
 class HyperSource(Protocol):
-    """Where the scalars of a step come from: an optimizer."""
+    """Where the scalars of a step come from: an optimizer.
+
+    `norm_type` is 2 or infinity. `skip_nonfinite`: a step with a NaN or Inf gradient changes nothing.
+    `checks_finite`: whether there are such gradients is to be known, for that or for loss scaling.
+    """
 
     max_grad_norm: float | None
+    norm_type: float
+    skip_nonfinite: bool
+
+    @property
+    def checks_finite(self) -> bool: ...
+
+    @property
+    def waits(self) -> str | None:
+        """Why no update may start before step(); None where it may."""
+        ...
 
     def groups(self) -> list[AdamGroup]: ...
 
     def group_of(self, pid: int) -> int | None:
         """The index in groups(); None for a parameter that is not to be updated."""
         ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far training has come; outlives placements and windows.
+
+    Attributes:
+        step_count: steps made.
+        steps: updates of each parameter; one without a gradient is left out of a step.
+        skipped_steps: steps that changed nothing because a gradient was NaN or Inf.
+        last_grad_norm: of the last step, before clipping.
+        torn: why the weights are no longer those of any step.
+        lost: why accumulated gradients are no longer those of whole backwards.
+    """
+
+    step_count: int = 0
+    steps: Counter[int] = field(default_factory=Counter)
+    skipped_steps: int = 0
+    last_grad_norm: float | None = None
+    torn: str | None = None
+    lost: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +108,7 @@ class RuntimeStats:
         peak_bytes, current_bytes: by tier: gpu, dram, ssd; only what the runtime owns.
         stall_s: seconds the host waited, by what it waited for.
         updates: counters of the optimizer's pipeline.
+        steps, skipped_steps: made, and left out because a gradient was NaN or Inf.
     """
 
     moved_bytes: dict[str, int] = field(default_factory=dict)
@@ -76,3 +116,5 @@ class RuntimeStats:
     current_bytes: dict[str, int] = field(default_factory=dict)
     stall_s: dict[str, float] = field(default_factory=dict)
     updates: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    skipped_steps: int = 0

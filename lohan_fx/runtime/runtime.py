@@ -29,10 +29,11 @@ from lohan_fx.program import Bucket, BucketPlacement, Program, Tier
 from .activations import Slots
 from .buckets import BucketHome, BucketStore, InDram, OnSsd, param_views
 from .device import Arrival, Device, open_device
+from .gradients import GradPlan
 from .inbound import Inbound, Incoming, Key, Source
 from .memory import Arena, Pools, require_fit
-from .options import HyperSource, RuntimeOptions, RuntimeStats
-from .updates import GradPlan, Updates
+from .options import HyperSource, Progress, RuntimeOptions, RuntimeStats
+from .updates import Updates
 from .waits import Waits
 
 _CREATE_OPTIMIZER = (
@@ -91,6 +92,7 @@ class _Live:
     token: int
     program: Program
     step: int  # updates that its weights had seen
+    accumulates: bool  # it ran inside no_sync(), so its gradients wait for those of a later one
 
 
 class _BucketSource:
@@ -130,6 +132,7 @@ class _Windows:
         waits: Waits,
         store: BucketStore,
         options: RuntimeOptions,
+        progress: Progress,
     ) -> None:
         self._pools = pools
         self._arenas: list[Arena] = []
@@ -137,7 +140,7 @@ class _Windows:
         self.outbound_arena = self._arena(options.outbound_bytes, "the outbound staging")
         self.inbound = Inbound(pools, device, waits, self.inbound_arena)
         self.slots = Slots(pools, device, waits, self.outbound_arena, poison=options.poison)
-        self.updates = Updates(pools, device, waits, store, options)
+        self.updates = Updates(pools, device, waits, store, options, progress)
         for home in store.homes.values():
             if home.weight_tier is Tier.SSD:
                 name = f"the weights of {home.bucket.name}"
@@ -233,7 +236,10 @@ class Runtime:
         self._live: _Live | None = None
         self._dropped: set[int] = set()  # tokens of handles that are gone
         self._tokens = itertools.count(1)
-        self._step_count = 0
+        self._progress = Progress()
+        self.no_sync = (
+            False  # forwards from now on leave their gradients to a later backward's step
+        )
         self.number = ops.register(self)
 
     # Life
@@ -271,6 +277,7 @@ class Runtime:
         with torch.inference_mode(False), torch.no_grad():
             self._parts.store.adopt(buckets, values, placements, moments or {}, progress)
             try:
+                self._parts.store.accumulate(self._options.accumulates)
                 self._open_windows()
             except BaseException:
                 self._parts.store.give_back(values)
@@ -280,7 +287,7 @@ class Runtime:
         """Migrate to other tiers and windows, one bucket at a time, when all that runs has finished.
 
         `placements` are in the order of adopt()'s buckets. Gradients that wait for step() are not
-        allowed, nor a live forward.
+        allowed, nor a live forward; accumulated ones go along.
 
         Raises:
             TrainingLoopError: in the middle of a step.
@@ -294,19 +301,18 @@ class Runtime:
         self._quiet()
         if self._live is not None or windows.updates.pending:
             raise TrainingLoopError("the plan can change between steps only; call opt.step() first")
-        torn = windows.updates.torn
-        norm = windows.updates.last_grad_norm
-        self._step_count = windows.updates.step_count
         windows.close()
         self._parts.windows = None
         self._set_options(options)
         with torch.inference_mode(False), torch.no_grad():
             try:
-                homes = list(self._parts.store.homes)
-                self._parts.store.migrate(dict(zip(homes, placements, strict=True)))
+                store = self._parts.store
+                if not options.accumulates:
+                    store.accumulate(False)
+                store.migrate(dict(zip(store.homes, placements, strict=True)))
+                store.accumulate(options.accumulates)
             finally:
                 self._open_windows()
-        self._updates.torn, self._updates.last_grad_norm = torn, norm
 
     def _set_options(self, options: RuntimeOptions) -> None:
         self._options = options
@@ -319,13 +325,17 @@ class Runtime:
         before = self._pools.host_addresses()
         try:
             windows = _Windows(
-                self._pools, self._device, self._waits, self._parts.store, self._options
+                self._pools,
+                self._device,
+                self._waits,
+                self._parts.store,
+                self._options,
+                self._progress,
             )
         except BaseException:
             self._pools.free_hosts_but(before)
             raise
         self._parts.windows = windows
-        windows.updates.step_count = self._step_count
         hyper = self._hyper
         if hyper is not None:
             windows.updates.attach(hyper)
@@ -393,25 +403,62 @@ class Runtime:
 
     @property
     def gradients_pending(self) -> bool:
-        """True between a backward and its step()."""
-        return self._parts.windows is not None and self._updates.pending
+        """True between a backward and its step(), and while gradients are accumulated."""
+        updates = None if self._parts.windows is None else self._updates
+        return updates is not None and (updates.pending or updates.accumulated)
+
+    def unscale_gradients(self, inverse: float) -> bool:
+        """Let step() multiply the gradients by this, in fp32; True if one of them is NaN or Inf.
+
+        Raises:
+            TrainingLoopError: no gradients wait for step(), or their updates have been made.
+        """
+        self._recover()
+        self._check_torn()
+        return self._updates.unscale(inverse)
+
+    def skip_step(self) -> None:
+        """Drop the gradients that wait for step(), and count a step that changed nothing."""
+        self._updates.skip()
 
     @property
     def last_grad_norm(self) -> float | None:
         """Global norm before clipping of the last step; None before one, or without clipping."""
-        return None if self._parts.windows is None else self._updates.last_grad_norm
+        return self._progress.last_grad_norm
+
+    @property
+    def waits_for_step(self) -> bool:
+        """True where updates begin in step(), not during the backward."""
+        return self._overlap.waits_for_step
+
+    @property
+    def awaits_backward(self) -> bool:
+        """True between a training forward and its backward."""
+        return self._live is not None
 
     @property
     def step_count(self) -> int:
-        """Optimizer steps made. Setting it says that a checkpoint has been loaded."""
-        return self._step_count if self._parts.windows is None else self._updates.step_count
+        """Optimizer steps made. Setting it says that a checkpoint has been loaded, all of whose
+        parameters have been updated so often; see set_steps()."""
+        return self._progress.step_count
 
     @step_count.setter
     def step_count(self, value: int) -> None:
-        self._step_count = value
-        if self._parts.windows is not None:
-            self._updates.step_count = value
-            self._updates.torn = None
+        self._progress.step_count = value
+        self._progress.steps.clear()
+        for home in self._parts.store.homes.values():
+            self._progress.steps.update({spec.pid: value for spec in home.bucket.params})
+        self._progress.torn = self._progress.lost = None
+
+    def steps(self, pid: int) -> int:
+        """Updates that a parameter has had: those steps in which it had a gradient."""
+        return self._progress.steps[pid]
+
+    def set_steps(self, pid: int, value: int) -> None:
+        """As a checkpoint has it; step_count becomes the most that a parameter has had."""
+        self._progress.steps[pid] = value
+        self._progress.step_count = max(self._progress.steps.values())
+        self._progress.torn = self._progress.lost = None
 
     def drain(self) -> None:
         """Block until every update and every transfer has finished.
@@ -505,7 +552,7 @@ class Runtime:
             raise TrainingLoopError(
                 "a checkpoint cannot be loaded between backward and opt.step(); call opt.step() first"
             )
-        self._updates.torn = (
+        self._progress.torn = (
             "loading a checkpoint stopped in the middle, so the weights are a mixture; load it "
             "again"
         )
@@ -551,6 +598,8 @@ class Runtime:
             current_bytes={str(account.tier): account.current_bytes for account in accounts},
             stall_s=dict(self._waits.stall_s),
             updates={} if self._parts.windows is None else self._updates.stats(),
+            steps=self._progress.step_count,
+            skipped_steps=self._progress.skipped_steps,
         )
 
     def take_trace(self) -> list[tuple[str, str, float, float]]:
@@ -577,7 +626,7 @@ class Runtime:
         self._pass = _Pass(PassKind.FORWARD if entry.training else PassKind.EVALUATION, entry)
         handle = torch.tensor([token], dtype=torch.int64, device="cpu")
         if entry.training:
-            self._live = _Live(token, entry, windows.updates.step_count)
+            self._live = _Live(token, entry, self._progress.step_count, self.no_sync)
             weakref.finalize(handle, self._dropped.add, token).atexit = False
         windows.inbound.start(
             token, [*self._incoming(entry, "forward"), *self._incoming(entry, "backward")]
@@ -614,13 +663,13 @@ class Runtime:
             raise TrainingLoopError(_SECOND_BACKWARD)
         if live is None or live.token != token:
             raise TrainingLoopError(_DEAD_FORWARD)
-        if live.step != windows.updates.step_count:
+        if live.step != self._progress.step_count:
             raise TrainingLoopError(_STEP_BETWEEN)
         program = live.program
         if program.index not in self._grad_plans:
             self._grad_plans[program.index] = GradPlan.of(program, self._parts.store)
         self._pass = _Pass(PassKind.BACKWARD, program)
-        windows.updates.begin_backward(self._grad_plans[program.index])
+        windows.updates.begin_backward(self._grad_plans[program.index], accumulate=live.accumulates)
         if windows.inbound.token != token:
             windows.inbound.start(token, list(self._incoming(program, "backward")))
         self._pump()
@@ -719,8 +768,8 @@ class Runtime:
             raise LohanError("this model has been closed")
 
     def _check_torn(self) -> None:
-        if self._updates.torn is not None:
-            raise TrainingLoopError(self._updates.torn)
+        if self._progress.torn is not None:
+            raise TrainingLoopError(self._progress.torn)
 
     def _pump(self) -> None:
         """Advance everything that can advance without blocking."""

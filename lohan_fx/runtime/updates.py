@@ -1,4 +1,4 @@
-"""From a gradient's arrival to new weights: host gradient buffers, CPU and GPU Adam, norms, clipping.
+"""From a gradient's arrival to new weights: host gradient buffers, CPU and GPU Adam, clipping, sums.
 
 [Note: when an update may start]
 A bucket's update may start when (1) every gradient of it that this backward makes has been handed
@@ -8,14 +8,22 @@ the bucket's last gradient (the copies are in order, so for all of them), and fo
 backward's fetch: it reads the weights that the update overwrites, and a gradient made before the
 bucket was first used says nothing about it. The upload of new weights waits for the point of the
 compute stream at which the update became possible, so the backward has read the old ones.
+
+[Note: sums of several backwards]
+An accumulating backward puts each gradient into its bucket's fp32 sum, as gradients come: sum = g of
+the first backward, sum = sum + g of later ones. The CPU does it for buckets that it updates. The last
+backward of a step does the same and the update reads the sums: in the modes that update during the
+backward both are one job, so nothing waits. A parameter without a gradient in the last backward is
+updated from what earlier ones gave it, when step() is called.
 """
 
 from __future__ import annotations
 
 import enum
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +31,16 @@ import torch
 from lohan_fx import native
 from lohan_fx.errors import LohanError, TrainingLoopError, TransferError
 from lohan_fx.planner import Overlap
-from lohan_fx.program import Bucket, ParamSpec, Program, Tier
+from lohan_fx.program import Bucket, ParamSpec, Tier
 
-from .adam_gpu import Update, adam_step, update_on_device
-from .buckets import BucketHome, BucketStore, InDram, OnGpu, OnSsd, Place, dense
+from .adam_gpu import Scale, Update, update_on_device
+from .buckets import BucketHome, BucketStore, OnGpu, OnSsd, dense
 from .device import Arrival, Device
-from .memory import DeviceBytes, HostBytes, Pools, pages
-from .options import AdamGroup, HyperSource, RuntimeOptions
+from .gradients import GradBuffer, GradBuffers, GradPlan, GradWindow
+from .jobs import Job, Updated, runs, state_buffer_bytes, sum_job, update_job
+from .memory import HostBytes, Pools
+from .norms import GradNorms, StepNorms, Wanted
+from .options import AdamGroup, HyperSource, Progress, RuntimeOptions
 from .waits import Waits
 
 
@@ -38,7 +49,8 @@ class UpdateState(enum.Enum):
 
     IDLE: no gradients anywhere; the weights at rest are the newest.
     GATHERING: gradients are arriving in a host buffer (or are kept on the GPU, with the state there);
-        the weights at rest are the newest.
+        the weights at rest are the newest. An accumulating backward ends in IDLE again: see
+        [Note: sums of several backwards].
     WAITING: as GATHERING, but complete: step() decides what becomes of them.
     UPDATING: the CPU is making new weights; those at rest must not be read.
     UPLOADING: the new weights are being copied from the gradient buffer to their place on the GPU;
@@ -61,66 +73,6 @@ _NEXT: dict[UpdateState, tuple[UpdateState, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class GradPlan:
-    """What one program's backward does to the buckets, by bucket index."""
-
-    pids: Mapping[int, tuple[int, ...]]  # gradients it makes, in program order
-    released: frozenset[int]  # buckets it reads
-    order: tuple[int, ...]  # buckets with gradients, in forward order
-    most_open: int  # buckets whose gradients wait at the same time, at most
-
-    @classmethod
-    def of(cls, program: Program, store: BucketStore) -> GradPlan:
-        pids: dict[int, list[int]] = {}
-        for move in program.backward:
-            if move.op == "grad":
-                pids.setdefault(store.bucket_of(move.arg), []).append(move.arg)
-        released = frozenset(m.arg for m in program.backward if m.op == "release")
-        fetched = [m.arg for m in program.forward if m.op == "fetch"]
-        order = [b for b in dict.fromkeys(fetched) if b in pids]
-        order += [b for b in pids if b not in set(order)]
-        return cls(
-            {b: tuple(p) for b, p in pids.items()},
-            released,
-            tuple(order),
-            _most_open(program, pids, released, store),
-        )
-
-
-def _most_open(
-    program: Program, pids: Mapping[int, list[int]], released: frozenset[int], store: BucketStore
-) -> int:
-    """At most how many CPU-updated buckets are between their first gradient and their update."""
-    left = {b: len(p) + (b in released) for b, p in pids.items()}
-    begun: set[int] = set()
-    most = 0
-    for move in program.backward:
-        if move.op == "grad":
-            bucket = store.bucket_of(move.arg)
-        elif move.op == "release" and move.arg in left:
-            bucket = move.arg
-        else:
-            continue
-        if not store.homes[bucket].updated_by_cpu:
-            continue
-        left[bucket] -= 1
-        if move.op == "grad":
-            begun.add(bucket)
-        most = max(most, len(begun))
-        if left[bucket] == 0:
-            begun.discard(bucket)
-    return most
-
-
-@dataclass(slots=True)
-class _GradBuffer:
-    """Pinned host memory for one bucket's gradients, in the bucket's layout."""
-
-    memory: HostBytes
-    busy: Arrival | None = None  # an upload that still reads it; the next copy out must follow it
-
-
 @dataclass(slots=True)
 class _Record:
     """One trainable bucket's way through a step."""
@@ -131,63 +83,27 @@ class _Record:
     left: set[int] = field(default_factory=set)  # gradients still to come in this backward
     arrived: list[int] = field(default_factory=list)
     unreleased: bool = False
+    into_sums: bool = False  # this backward's gradients go into the bucket's sums
     last_copy: Arrival | None = None  # the copy out of the last gradient
     fetched: Arrival | None = None  # this backward's copy in of the weights
-    buffer: _GradBuffer | None = None  # filled, or waiting
+    buffer: GradBuffer | None = None  # filled, or waiting
     grads: dict[int, torch.Tensor] = field(default_factory=dict)  # flat; GPU-updated buckets only
-    job: _Job | None = None  # UPDATING
+    adding: Job | None = None  # puts gradients into the sums
+    job: Job | None = None  # UPDATING
     upload: Arrival | None = None  # UPLOADING
 
     @property
     def bucket(self) -> Bucket:
         return self.home.bucket
 
+    @property
+    def events(self) -> tuple[Arrival, ...]:
+        """After which the gradients are in the buffer, and the weights may be overwritten."""
+        return tuple(e for e in (self.last_copy, self.fetched) if e is not None)
+
     def advance(self, to: UpdateState) -> None:
         assert to in _NEXT[self.state], f"{self.bucket.name}: {self.state.name} to {to.name}"
         self.state = to
-
-
-@dataclass(slots=True)
-class _Job:
-    """A CPU update under way. Its memory and its events live here until it is done."""
-
-    record: _Record
-    ticket: int
-    updated: tuple[ParamSpec, ...]
-    events: tuple[Arrival, ...]
-    mark: Arrival  # the upload follows it
-    buffer: _GradBuffer | None
-
-
-class GradWindow:
-    """GPU gradients whose copies to the host are under way, oldest first."""
-
-    def __init__(self, pools: Pools, device: Device, limit_bytes: int) -> None:
-        self._pools = pools
-        self._device = device
-        self._limit_bytes = limit_bytes
-        self._held: deque[tuple[torch.Tensor, Arrival]] = deque()
-        self._bytes = 0
-
-    def push(self, grad: torch.Tensor, arrival: Arrival) -> None:
-        """Keep `grad`; if the window is over its limit, drop the oldest in compute-stream order."""
-        nbytes = grad.numel() * grad.element_size()
-        self._pools.gpu.hold(nbytes)
-        self._held.append((grad, arrival))
-        self._bytes += nbytes
-        while self._held and self._bytes > self._limit_bytes:
-            self._drop()
-
-    def clear(self) -> None:
-        while self._held:
-            self._drop()
-
-    def _drop(self) -> None:
-        grad, arrival = self._held.popleft()
-        self._device.wait(arrival)
-        nbytes = grad.numel() * grad.element_size()
-        self._bytes -= nbytes
-        self._pools.gpu.give(nbytes)
 
 
 class Updates:
@@ -195,7 +111,7 @@ class Updates:
 
     Args:
         store: all buckets, placed.
-        engine: SSD, or None without one.
+        progress: step counts and the like, which outlive this object.
 
     Buffers are allocated here, once; close() gives them back.
     """
@@ -207,16 +123,14 @@ class Updates:
         waits: Waits,
         store: BucketStore,
         options: RuntimeOptions,
+        progress: Progress,
     ) -> None:
-        self.step_count = 0
-        self.last_grad_norm: float | None = None
         self.pending = False  # a backward has finished and step() has not been called
-        self.torn: str | None = None  # why the weights are no longer those of any step
+        self._progress = progress
         self._pools = pools
         self._device = device
         self._waits = waits
         self._store = store
-        self._options = options
         self._overlap = Overlap(options.overlap)
         self._records = {
             index: _Record(home, {spec.pid: spec for spec in home.bucket.params})
@@ -225,16 +139,16 @@ class Updates:
         }
         self._window = GradWindow(pools, device, options.grad_window_bytes)
         self._plan: GradPlan | None = None
+        self._accumulating = False  # this backward's gradients are not the step's last
         self._groups: list[AdamGroup] = []
         self._hyper_ref: weakref.ref[HyperSource] | None = None
-        self._clip: float | None = None
-        self._started = 0  # buckets updated in this backward
-        self._jobs: deque[_Job] = deque()  # in order of submission, until they are done
+        self._wanted = Wanted()
+        self._measured: set[int] = set()  # sums on the device whose norm is that of this step
+        self._scale = Scale()
+        self._changed = 0  # buckets updated in this backward
+        self._added = False  # this backward has put a gradient into a sum
+        self._jobs: deque[Job] = deque()  # in order of submission, until they are done
         self._owned: list[HostBytes] = []
-        self._ring: deque[_GradBuffer] = deque()
-        self._own: dict[int, _GradBuffer] = {}
-        self._norms: DeviceBytes | None = None
-        self._norm_index: dict[int, int] = {}
         self._pipeline = native.AdamPipeline(
             options.num_adam_threads,
             "naive" if self._overlap is Overlap.NAIVE else "optimized",
@@ -242,8 +156,15 @@ class Updates:
             timeout_s=options.deadline_s,
             cuda_device=device.device.index or 0,
         )
-        self._allocate_buffers()
-        self._give_state_buffers()
+        by_cpu = [r.home for r in self._records.values() if r.home.updated_by_cpu]
+        self._buffers = GradBuffers(
+            pools, by_cpu, None if self._overlap.waits_for_step else options.grad_buffers
+        )
+        self._norms: GradNorms | None = None
+        if self._overlap.waits_for_step:
+            pids = [spec.pid for r in self._records.values() for spec in r.bucket.params]
+            self._norms = GradNorms(pools, device, pids)
+        self._give_state_buffers(by_cpu, options.state_buffers)
 
     # What the rest of the runtime asks
 
@@ -258,7 +179,7 @@ class Updates:
             return True
         if not self._weights_ready(record.job):
             return False
-        self._progress(record.job)
+        self._progress_of(record.job)
         return True
 
     def settle(self, bucket: int) -> None:
@@ -271,7 +192,7 @@ class Updates:
         if record is not None and record.job is not None:
             with self._waits.counted("adam"):
                 self._wait_weights(record.job)
-            self._progress(record.job)
+            self._progress_of(record.job)
 
     def settle_on_device(self, bucket: int) -> None:
         """Let the compute stream wait for the newest weights of a GPU-resident bucket."""
@@ -289,7 +210,7 @@ class Updates:
             job = self._jobs[0]
             with self._waits.counted("adam"):
                 self._wait_done(job)
-            self._progress(job)
+            self._progress_of(job)
         for index, record in self._records.items():
             if record.upload is not None:
                 name = f"the upload of {record.bucket.name}"
@@ -301,14 +222,19 @@ class Updates:
         for job in list(self._jobs) if self._jobs else ():
             if not self._weights_ready(job):
                 return
-            self._progress(job)
+            self._progress_of(job)
+
+    @property
+    def accumulated(self) -> bool:
+        """True where sums of gradients wait for step()."""
+        return any(record.home.accumulated for record in self._records.values())
 
     # A backward
 
     def attach(self, hyper: HyperSource) -> None:
         """Take hyperparameters from here, which stays its owner's: what lives here outlives the model."""
         self._hyper_ref = weakref.ref(hyper)
-        self._check_clip(hyper.max_grad_norm)
+        self._check_overlap(hyper)
 
     @property
     def _hyper(self) -> HyperSource:
@@ -316,19 +242,30 @@ class Updates:
         assert hyper is not None
         return hyper
 
-    def begin_backward(self, plan: GradPlan) -> None:
+    def begin_backward(self, plan: GradPlan, *, accumulate: bool = False) -> None:
+        """Args:
+            accumulate: add the gradients to the sums that a later backward's update will read.
+
+        Raises:
+            TrainingLoopError: earlier sums were lost.
+            LohanError: more buckets gather gradients at once than there are buffers.
+        """
         hyper = self._hyper
-        if not self._overlap.waits_for_step and plan.most_open > self._num_ring:
+        self._changed = 0
+        self._added = False
+        self._check_lost()
+        if not self._overlap.waits_for_step and plan.most_open > self._buffers.num_ring:
             raise LohanError(
                 f"this backward gathers gradients of {plan.most_open} buckets at the same time, with "
-                f"{self._num_ring} gradient buffers; raise grad_buffers"
+                f"{self._buffers.num_ring} gradient buffers; raise grad_buffers"
             )
         self._plan = plan
-        self._started = 0
-        self._clip = hyper.max_grad_norm
-        self._check_clip(self._clip)
+        self._accumulating = accumulate
+        self._check_overlap(hyper)
+        self._wanted = Wanted.by(hyper)
+        self._measured.clear()
         if self._norms is not None:
-            self._norms.bytes.zero_()
+            self._norms.clear()
         if not self._overlap.waits_for_step:
             self._groups = hyper.groups()
         for index, pids in plan.pids.items():
@@ -344,25 +281,32 @@ class Updates:
         record = self._records.get(home.bucket.index)
         if record is None or pid not in record.left:
             raise LohanError(f"the gradient of {spec.name} arrives twice, or was not planned")
-        if record.state in (UpdateState.UPDATING, UpdateState.UPLOADING):
-            self.settle_on_device(home.bucket.index)  # an update this step's forward did not read
-        if record.state is UpdateState.IDLE:
-            if home.updated_by_cpu:
-                record.buffer = self._acquire(record)
-            record.advance(UpdateState.GATHERING)
+        if record.state is not UpdateState.GATHERING:
+            self._gather(record)
         with torch.no_grad():
             flat_N = dense(spec, g, home.dtype)
-            if self._clip is not None and self._group_of(pid) is not None:
-                self._take_norm(pid, flat_N)
-        if record.buffer is None:
-            self._pools.gpu.hold(flat_N.numel() * flat_N.element_size())
-            record.grads[pid] = flat_N
-        else:
-            record.last_copy = self._copy_out(record.buffer, home, spec, flat_N)
-            self._window.push(flat_N, record.last_copy)
+            if record.buffer is not None:
+                record.last_copy = self._copy_out(record.buffer, home, spec, flat_N)
+                self._window.push(flat_N, record.last_copy)
+            elif record.into_sums:
+                self._add_on_device(record, spec, flat_N)
+            else:
+                self._pools.gpu.hold(flat_N.numel() * flat_N.element_size())
+                record.grads[pid] = flat_N
+            if not record.into_sums:
+                self._measure(spec, flat_N)
         record.left.remove(pid)
         record.arrived.append(pid)
         self._maybe_start(record)
+
+    def _gather(self, record: _Record) -> None:
+        """Get ready for gradients of a bucket, or for an update from its sums alone."""
+        # An update that this step's forward did not read may still be under way.
+        self.settle_on_device(record.bucket.index)
+        record.into_sums = self._accumulating or bool(record.home.accumulated)
+        if record.home.updated_by_cpu:
+            record.buffer = self._acquire(record)
+        record.advance(UpdateState.GATHERING)
 
     def release(self, bucket: int, fetched: Arrival | None) -> None:
         """The backward has read the bucket for the last time; `fetched` is its copy in, if any."""
@@ -395,67 +339,149 @@ class Updates:
         if held:
             raise LohanError(f"the backward ended without releasing {held[0]}")
         self._window.clear()
-        self.pending = bool(plan.pids)
+        self.pending = bool(plan.pids) and not self._accumulating
 
     def abandon(self) -> None:
         """Forget the gradients of a backward that did not finish.
 
-        Sets `torn` where some of its updates had been made already.
+        Sets `torn` where some of its updates had been made already, `lost` where it had added to sums.
         """
         self._window.clear()
         for record in self._records.values():
             record.left = set()
             record.unreleased = False
             self._forget_gradients(record)
-        if self._started:
-            self.torn = (
-                f"a backward stopped after {self._started} buckets had been updated, so the weights "
+        if self._changed:
+            self._progress.torn = (
+                f"a backward stopped after {self._changed} buckets had been updated, so the weights "
                 'are between two steps; load a checkpoint. (With overlap="next-forward" nothing is '
                 "updated before step().)"
             )
-        self._started = 0
+        if self._added:
+            self._forget_sums()
+            self._progress.lost = (
+                "a backward stopped after it had added to accumulated gradients, so these are no sum "
+                "of whole micro-batches; call opt.zero_grad() and begin the accumulation anew"
+            )
+        self._changed = 0
+        self._added = False
         self._plan = None
 
     def discard(self) -> None:
-        """Drop gradients that wait for step(), as plain torch's zero_grad() does."""
+        """Drop gradients that wait for step(), and sums of them, as plain torch's zero_grad() does."""
+        self._progress.lost = None
+        self._scale = Scale()
+        self._forget_sums()
         if self.pending and self._overlap.waits_for_step:
             for record in self._records.values():
                 self._forget_gradients(record)
             self.pending = False
 
+    # A step
+
+    def unscale(self, inverse: float) -> bool:
+        """Multiply the gradients that wait for step() by this in their update; True if one of them is
+        NaN or Inf.
+
+        Raises:
+            TrainingLoopError: no gradients wait, or their updates have been made.
+        """
+        self._check_lost()
+        if not self._overlap.waits_for_step:
+            raise TrainingLoopError(
+                f'loss scaling needs every gradient before the first update, which overlap="'
+                f'{self._overlap}" does not give; compile with overlap="next-forward", or with "auto" '
+                "and the GradScaler made before the first forward"
+            )
+        if not (self.pending or self.accumulated):
+            raise TrainingLoopError(
+                "there are no gradients to unscale; call scaler.scale(loss).backward() first"
+            )
+        if not self._wanted.finite:
+            raise TrainingLoopError(
+                "the GradScaler was made after the backward, so the gradients were not checked for "
+                "Inf and NaN; make it before"
+            )
+        self._scale = Scale(unscale=inverse)
+        norms = self._read_norms()
+        if self._wanted.clip is not None:
+            self._progress.last_grad_norm, _ = norms.clipping(self._wanted, inverse)
+        return not norms.finite
+
     def step(self) -> None:
-        """Complete the update of the last backward; nothing to do without one.
+        """Complete the update of the last backward, or begin it; nothing to do without one.
 
         Raises:
             TransferError: in serial mode, an update failed.
-            TrainingLoopError: hyperparameters changed after they were used.
+            TrainingLoopError: hyperparameters changed after they were used, or sums were lost.
         """
-        if not self.pending:
+        self._check_lost()
+        if not self.pending and not self.accumulated:
             return
-        assert self._plan is not None
-        if not self._overlap.waits_for_step:
-            if self._hyper.groups() != self._groups:
-                raise TrainingLoopError(
-                    "the optimizer's hyperparameters changed between backward and step, but "
-                    f'overlap="{self._overlap}" has updated with the old ones during the backward; '
-                    'change them after step(), or compile with overlap="next-forward"'
+        assert self._plan is not None or not self.pending
+        if self._overlap.waits_for_step:
+            self._begin_updates()
+            return
+        groups = self._hyper.groups()
+        if self.pending and groups != self._groups:
+            raise TrainingLoopError(
+                "the optimizer's hyperparameters changed between backward and step, but "
+                f'overlap="{self._overlap}" has updated with the old ones during the backward; '
+                'change them after step(), or compile with overlap="next-forward"'
+            )
+        self.pending = False
+        self._groups = groups
+        self._progress.step_count += 1
+        self._start_all(self._records)
+
+    def skip(self) -> None:
+        """Drop the gradients that wait for step() instead of using them, and count that."""
+        self.discard()
+        self._progress.skipped_steps += 1
+
+    def _begin_updates(self) -> None:
+        hyper, wanted = self._hyper, self._wanted
+        scale = self._scale
+        norms = self._read_norms() if wanted.anything else None
+        if norms is not None and wanted.clip is not None:
+            total, factor = norms.clipping(wanted, scale.unscale)
+            self._progress.last_grad_norm = total
+            scale = Scale(scale.unscale, factor)
+        if norms is not None and hyper.skip_nonfinite and not norms.finite:
+            if not self._progress.skipped_steps:
+                warnings.warn(
+                    "a gradient was NaN or Inf: this step changes nothing (skip_nonfinite=True). "
+                    "opt.skipped_steps counts such steps; later ones are not reported here",
+                    RuntimeWarning,
+                    stacklevel=2,
                 )
-            self.pending = False
-            self.step_count += 1
+            self.skip()
             return
         self.pending = False
-        scale = self._clip_factor()
-        self._groups = self._hyper.groups()
-        self.step_count += 1
-        records = [self._records[index] for index in self._plan.order]
-        for record in records:
-            if not record.home.updated_by_cpu:
-                self._start(record, self.step_count, scale)
-        for record in records:
-            if record.home.updated_by_cpu:
-                self._start(record, self.step_count, scale)
+        self._groups = hyper.groups()
+        self._progress.step_count += 1
+        self._scale = scale
+        order = self._plan.order if self._plan is not None else ()
+        self._start_all(dict.fromkeys([*order, *self._records]))
+        self._scale = Scale()
         if self._overlap is Overlap.SERIAL:
             self.drain()
+
+    def _start_all(self, order: Iterable[int]) -> None:
+        """Start what waits, GPU updates first; sums that got no gradient in the last backward, too."""
+        records = [self._records[index] for index in order]
+        for by_cpu in (False, True):
+            for record in records:
+                if record.home.updated_by_cpu is not by_cpu:
+                    continue
+                if record.state is not UpdateState.WAITING and record.home.accumulated:
+                    record.arrived = []
+                    # Whatever has read the weights is before this point of the compute stream.
+                    record.last_copy, record.fetched = None, self._device.mark()
+                    self._gather(record)
+                    self._start(record)
+                elif record.state is UpdateState.WAITING:
+                    self._start(record)
 
     def join(self) -> None:
         """End the optimizer's threads; what they had not begun is dropped."""
@@ -466,13 +492,12 @@ class Updates:
         self._pipeline.close()
         self._window.clear()
         self._jobs.clear()
-        self._ring.clear()
-        self._own.clear()
+        self._buffers.close()
         for memory in self._owned:
             self._pools.free_host(memory)
         self._owned.clear()
         if self._norms is not None:
-            self._pools.free_device(self._norms)
+            self._norms.close()
             self._norms = None
 
     def stats(self) -> dict[str, float]:
@@ -484,69 +509,48 @@ class Updates:
 
     # Buffers
 
-    def _allocate_buffers(self) -> None:
-        by_cpu = [r for r in self._records.values() if r.home.updated_by_cpu]
-        if by_cpu and self._overlap.waits_for_step:
-            for record in by_cpu:
-                name = f"the gradient buffer of {record.bucket.name}"
-                self._own[record.bucket.index] = self._grad_buffer(record.bucket.weight_bytes, name)
-        elif by_cpu:
-            largest = max(record.bucket.weight_bytes for record in by_cpu)
-            for number in range(self._options.grad_buffers):
-                self._ring.append(self._grad_buffer(largest, f"gradient buffer {number}"))
-        self._num_ring = len(self._ring)
-        if self._overlap.waits_for_step:
-            pids = [spec.pid for r in self._records.values() for spec in r.bucket.params]
-            self._norm_index = {pid: index for index, pid in enumerate(pids)}
-            with torch.inference_mode(False):
-                self._norms = self._pools.device_bytes(4 * len(pids), "the gradient norms")
-
-    def _grad_buffer(self, nbytes: int, name: str) -> _GradBuffer:
-        memory = self._pools.host_bytes(nbytes, name, pinned=True)
-        self._owned.append(memory)
-        return _GradBuffer(memory)
-
-    def _give_state_buffers(self) -> None:
-        sizes = [_ssd_bytes(r.home) for r in self._records.values() if r.home.updated_by_cpu]
-        largest = max(sizes, default=0)
+    def _give_state_buffers(self, by_cpu: Sequence[BucketHome], count: int) -> None:
+        largest = max((state_buffer_bytes(home) for home in by_cpu), default=0)
         if not largest:
             return
         buffers = []
-        for number in range(self._options.state_buffers):
+        for number in range(count):
             memory = self._pools.host_bytes(largest, f"state buffer {number}", pinned=False)
             self._owned.append(memory)
             buffers.append((memory.address, memory.nbytes))
         self._pipeline.set_state_buffers(buffers)
 
-    def _acquire(self, record: _Record) -> _GradBuffer:
-        """A buffer nobody fills or updates from; blocks for the oldest update if there is none.
+    def _acquire(self, record: _Record) -> GradBuffer:
+        """A buffer nobody fills or works from; blocks for the oldest job if there is none.
 
         Raises:
             LohanError: every buffer is being filled.
-            TransferError: the oldest update failed or took too long.
+            TransferError: the oldest job failed or took too long.
         """
-        if self._overlap.waits_for_step:
-            return self._own[record.bucket.index]
+        if self._overlap.waits_for_step and record.adding is not None:
+            self._finish(record.adding, "gradient buffer")
         self.pump()
-        while not self._ring:
+        buffer = self._buffers.take(record.bucket.index)
+        while buffer is None:
             oldest = next((job for job in self._jobs if job.buffer is not None), None)
             if oldest is None:
                 raise LohanError(
-                    f"no gradient buffer for {record.bucket.name}: all {self._num_ring} are being "
-                    "filled; raise grad_buffers"
+                    f"no gradient buffer for {record.bucket.name}: all {self._buffers.num_ring} are "
+                    "being filled; raise grad_buffers"
                 )
             with self._waits.counted("gradient buffer"):
                 self._wait_weights(oldest)
-            self._progress(oldest)
-        return self._ring.popleft()
+            self._progress_of(oldest)
+            buffer = self._buffers.take(record.bucket.index)
+        return buffer
 
-    def _give_buffer(self, holder: _Record | _Job) -> None:
+    def _give_buffer(self, holder: _Record | Job) -> None:
         buffer, holder.buffer = holder.buffer, None
-        if buffer is not None and not self._overlap.waits_for_step:
-            self._ring.append(buffer)
+        if buffer is not None:
+            self._buffers.give(buffer)
 
     def _copy_out(
-        self, buffer: _GradBuffer, home: BucketHome, spec: ParamSpec, flat_N: torch.Tensor
+        self, buffer: GradBuffer, home: BucketHome, spec: ParamSpec, flat_N: torch.Tensor
     ) -> Arrival:
         start, size = spec.offset * home.dtype.itemsize, spec.numel * home.dtype.itemsize
         after = () if buffer.busy is None else (buffer.busy,)
@@ -555,125 +559,189 @@ class Updates:
 
     # Norms
 
-    def _check_clip(self, max_grad_norm: float | None) -> None:
-        if max_grad_norm is not None and not self._overlap.waits_for_step:
+    def _check_overlap(self, hyper: HyperSource) -> None:
+        if hyper.waits is not None and not self._overlap.waits_for_step:
             raise LohanError(
-                f"max_grad_norm={max_grad_norm} needs every gradient before the first update, which "
+                f"{hyper.waits} needs every gradient before the first update, which "
                 f'overlap="{self._overlap}" does not give; compile with overlap="next-forward"'
             )
 
-    def _norms_F(self) -> torch.Tensor:
+    def _measure(self, spec: ParamSpec, flat_N: torch.Tensor, *, is_sum: bool = False) -> None:
+        if self._norms is None or not self._wanted.anything:
+            return
+        if self._hyper.group_of(spec.pid) is not None:
+            self._norms.take(spec.pid, flat_N, self._wanted, is_sum=is_sum)
+
+    def _read_norms(self) -> StepNorms:
+        """Norms of everything that waits for step(); blocks for the device, and for sums."""
         assert self._norms is not None
-        return self._norms.bytes.view(torch.float32)
-
-    def _take_norm(self, pid: int, flat_N: torch.Tensor) -> None:
-        to = self._norms_F()[self._norm_index[pid]]
-        torch.linalg.vector_norm(flat_N, dtype=torch.float32, out=to)
-
-    def _clip_factor(self) -> float:
-        """As torch.nn.utils.clip_grad_norm_; NaN and Inf pass through it as they do there."""
-        if self._clip is None:
-            return 1.0
+        sums = [record for record in self._records.values() if record.home.accumulated]
+        for record in sums:
+            if record.home.updated_by_cpu:
+                unknown = [pid for pid, known in record.home.accumulated.items() if known is None]
+                if unknown and record.adding is None:
+                    self._submit_sums(record, [])
+                continue
+            for pid in record.home.accumulated:
+                if pid not in self._measured:
+                    spec = record.specs[pid]
+                    self._measure(spec, self._cut(record.home.sums(), spec), is_sum=True)
+                    self._measured.add(pid)
+        measured = {}
+        for record in sums:
+            if record.adding is not None:
+                self._finish(record.adding, "gradient norm")
+            if record.home.updated_by_cpu:
+                for pid, known in record.home.accumulated.items():
+                    if known is not None and self._hyper.group_of(pid) is not None:
+                        measured[pid] = known
         with self._waits.counted("gradient norm"):
-            total = float(torch.linalg.vector_norm(self._norms_F()))
-        self.last_grad_norm = total
-        factor = self._clip / (total + 1e-6)
-        return 1.0 if factor > 1.0 else factor
+            return self._norms.read(measured)
+
+    # Sums
+
+    @staticmethod
+    def _cut(sums_P: torch.Tensor, spec: ParamSpec) -> torch.Tensor:
+        return sums_P[spec.offset : spec.offset + spec.numel]
+
+    def _add_on_device(self, record: _Record, spec: ParamSpec, flat_N: torch.Tensor) -> None:
+        sum_N = self._cut(record.home.sums(), spec)
+        if spec.pid in record.home.accumulated:
+            sum_N.add_(flat_N)
+        else:
+            sum_N.copy_(flat_N)
+        record.home.accumulated[spec.pid] = None
+        self._added = True
+        if not self._accumulating:
+            self._measure(spec, sum_N, is_sum=True)
+            self._measured.add(spec.pid)
+
+    def _submit_sums(self, record: _Record, arrived: Sequence[int]) -> None:
+        """Let the CPU put gradients of `arrived` into the sums, and measure all of them."""
+        home = record.home
+        specs = tuple(
+            s for s in record.bucket.params if s.pid in arrived or s.pid in home.accumulated
+        )
+        magnitudes = None
+        if self._overlap.waits_for_step:
+            magnitudes = torch.zeros(len(specs), 2, dtype=torch.float64)
+        buffer = record.buffer if arrived else None
+        events = record.events
+        adds = self._adds(home, specs, arrived)
+        job = sum_job(home, specs, adds, buffer, events, magnitudes)
+        ticket = self._pipeline.submit(job)
+        for spec in specs:
+            home.accumulated[spec.pid] = None
+        record.adding = Job(
+            home.bucket.index, ticket, (), events, self._device.mark(), buffer, specs, magnitudes
+        )
+        self._jobs.append(record.adding)
+        self._added = self._added or bool(arrived)
+
+    @staticmethod
+    def _adds(
+        home: BucketHome, specs: Sequence[ParamSpec], arrived: Sequence[int]
+    ) -> tuple[str, ...]:
+        """What becomes of each sum; `arrived` have a gradient in the buffer."""
+        return tuple(
+            "keep" if s.pid not in arrived else "add" if s.pid in home.accumulated else "set"
+            for s in specs
+        )
+
+    def _forget_sums(self) -> None:
+        for record in self._records.values():
+            # Jobs that still add to them are done before any later one of the bucket begins.
+            record.home.accumulated.clear()
+
+    def _check_lost(self) -> None:
+        if self._progress.lost is not None:
+            raise TrainingLoopError(self._progress.lost)
 
     # Updates
 
     def _maybe_start(self, record: _Record) -> None:
-        """See [Note: when an update may start]"""
-        if record.left or record.unreleased or record.state is not UpdateState.GATHERING:
+        """See [Note: when an update may start]; sums may change while the weights are still read."""
+        if record.left or record.state is not UpdateState.GATHERING:
             return
-        if self._overlap.waits_for_step:
+        if self._accumulating:
+            if record.home.updated_by_cpu:
+                self._submit_sums(record, record.arrived)
+                record.buffer = None  # the job gives it back
+            record.advance(UpdateState.IDLE)
+        elif not record.unreleased and self._overlap.waits_for_step:
+            if record.into_sums and record.home.updated_by_cpu:
+                self._submit_sums(record, record.arrived)
             record.advance(UpdateState.WAITING)
-        else:
-            self._started += 1
-            self._start(record, self.step_count + 1, 1.0)
+        elif not record.unreleased:
+            self._changed += 1
+            self._start(record)
 
-    def _start(self, record: _Record, step: int, scale: float) -> None:
-        groups = {pid: self._group_of(pid) for pid in record.arrived}
-        # In the bucket's order; parameters that no group holds keep their values.
-        chosen = [(s, groups[s.pid]) for s in record.bucket.params if s.pid in groups]
-        updated = [(spec, group) for spec, group in chosen if group is not None]
-        if not record.home.updated_by_cpu:
-            self._update_on_gpu(record, updated, step, scale)
+    def _start(self, record: _Record) -> None:
+        """Update a bucket; parameters that no group holds keep their values."""
+        home = record.home
+        pids = {*record.arrived, *(home.accumulated if record.into_sums else ())}
+        updated = []
+        for spec in record.bucket.params:
+            group = self._hyper.group_of(spec.pid) if spec.pid in pids else None
+            if group is not None:
+                self._progress.steps[spec.pid] += 1
+                step = self._progress.steps[spec.pid]
+                updated.append(Updated(spec, self._groups[group], step))
+        if not home.updated_by_cpu:
+            self._update_on_gpu(record, updated)
         elif updated:
-            self._submit(record, updated, step, scale)
+            self._submit(record, updated)
             return
         else:
             self._give_buffer(record)
+        home.accumulated.clear()
         record.advance(UpdateState.IDLE)
 
-    def _group_of(self, pid: int) -> int | None:
-        return self._hyper.group_of(pid)
-
-    def _update_on_gpu(
-        self, record: _Record, updated: Sequence[tuple[ParamSpec, int]], step: int, scale: float
-    ) -> None:
+    def _update_on_gpu(self, record: _Record, updated: Sequence[Updated]) -> None:
         home = record.home
         arrays = {name: home.device_section(name) for name in ("master", "exp_avg", "exp_avg_sq")}
         weight_P = home.device_section("weight") if home.bucket.has_master else None
+        sums_P = home.sums() if record.into_sums else None
         updates = []
-        for spec, group in updated:
+        for each in updated:
+            spec = each.spec
             cut = slice(spec.offset, spec.offset + spec.numel)
             updates.append(
                 Update(
-                    record.grads[spec.pid],
+                    record.grads[spec.pid] if sums_P is None else sums_P[cut],
                     arrays["master"][cut],
                     arrays["exp_avg"][cut],
                     arrays["exp_avg_sq"][cut],
                     None if weight_P is None else weight_P[cut],
-                    self._groups[group],
+                    each.group,
+                    each.step,
                 )
             )
-        update_on_device(updates, step, scale)
+        update_on_device(updates, self._scale)
         self._drop_grads(record)
 
-    def _submit(
-        self, record: _Record, updated: Sequence[tuple[ParamSpec, int]], step: int, scale: float
-    ) -> None:
-        home, buffer = record.home, record.buffer
+    def _submit(self, record: _Record, updated: Sequence[Updated]) -> None:
+        home, buffer, events = record.home, record.buffer, record.events
         assert buffer is not None
-        specs = tuple(spec for spec, _ in updated)
-        events = tuple(e for e in (record.last_copy, record.fetched) if e is not None)
-        used = sorted({group for _, group in updated})
-        number = {group: index for index, group in enumerate(used)}
-        out, out_extent = 0, None
-        if home.bucket.has_master:
-            out = buffer.memory.address
-            if isinstance(home.weight, InDram):
-                out = home.weight.memory.address
-            elif isinstance(home.weight, OnSsd):
-                out_extent = (home.weight.extent, 0)
-                self._complete_weights(record, buffer, specs, events)
-        job = native.AdamJob(
-            name=home.bucket.name,
-            numel=home.bucket.numel,
-            grad=buffer.memory.address,
-            grad_dtype=home.bucket.dtype,
-            segments=[(spec.offset, spec.numel, number[group]) for spec, group in updated],
-            groups=[adam_step(self._groups[group], step, scale) for group in used],
-            master=_native_place(home.place("master")),
-            exp_avg=_native_place(home.place("exp_avg")),
-            exp_avg_sq=_native_place(home.place("exp_avg_sq")),
-            out=out,
-            out_extent=out_extent,
-            out_dtype=home.bucket.dtype if home.bucket.has_master else None,
-            ready_events=[event.handle for event in events],
-        )
-        mark = self._device.mark()
-        ticket = self._pipeline.submit(job)
+        specs = tuple(each.spec for each in updated)
+        adds = None
+        if record.into_sums:
+            # In the modes that wait for step() the gradients have been added already.
+            arrived = () if self._overlap.waits_for_step else record.arrived
+            adds = self._adds(home, specs, arrived)
+        if home.bucket.has_master and isinstance(home.weight, OnSsd):
+            self._complete_weights(record, buffer, specs, events)
+        ticket = self._pipeline.submit(update_job(home, updated, buffer, self._scale, events, adds))
+        home.accumulated.clear()
         record.advance(UpdateState.UPDATING)
         record.buffer = None
-        record.job = _Job(record, ticket, specs, events, mark, buffer)
+        record.job = Job(home.bucket.index, ticket, specs, events, self._device.mark(), buffer)
         self._jobs.append(record.job)
 
     def _complete_weights(
         self,
         record: _Record,
-        buffer: _GradBuffer,
+        buffer: GradBuffer,
         updated: Sequence[ParamSpec],
         events: Sequence[Arrival],
     ) -> None:
@@ -691,16 +759,19 @@ class Updates:
             to = buffer.memory.bytes[start : start + spec.numel * size]
             record.home.weight.read(start, to)
 
-    def _weights_ready(self, job: _Job) -> bool:
+    def _weights_ready(self, job: Job) -> bool:
         """May the weights at rest be read? True also after a failure, which `_progress` raises."""
         if self._pipeline.done(job.ticket):
             return True
-        if job.record.home.weight_tier is Tier.SSD:
+        if self._home(job).weight_tier is Tier.SSD:
             return False
         return self._pipeline.weights_ready(job.ticket)
 
-    def _wait_weights(self, job: _Job) -> None:
-        on_ssd = job.record.home.weight_tier is Tier.SSD
+    def _home(self, job: Job) -> BucketHome:
+        return self._records[job.bucket].home
+
+    def _wait_weights(self, job: Job) -> None:
+        on_ssd = self._home(job).weight_tier is Tier.SSD
         wait = self._pipeline.wait if on_ssd else self._pipeline.wait_weights
         try:
             wait(job.ticket, self._waits.deadline_s)
@@ -708,33 +779,48 @@ class Updates:
             self._fail(job, error)
             raise
 
-    def _wait_done(self, job: _Job) -> None:
+    def _wait_done(self, job: Job) -> None:
         try:
             self._pipeline.wait(job.ticket, self._waits.deadline_s)
         except TransferError as error:
             self._fail(job, error)
             raise
 
-    def _fail(self, job: _Job, error: TransferError) -> None:
-        self.torn = f"{error}; the weights are between two steps: load a checkpoint"
+    def _fail(self, job: Job, error: TransferError) -> None:
+        self._progress.torn = f"{error}; the weights are between two steps: load a checkpoint"
         if not self._pipeline.done(job.ticket):
             return  # a deadline: the job may still touch its memory
         self._jobs.remove(job)
         self._give_buffer(job)
-        if job.record.job is job:
-            job.record.job = None
-            job.record.advance(UpdateState.IDLE)
+        record = self._records[job.bucket]
+        if record.adding is job:
+            record.adding = None
+        if record.job is job:
+            record.job = None
+            record.advance(UpdateState.IDLE)
 
-    def _progress(self, job: _Job) -> None:
+    def _finish(self, job: Job, why: str) -> None:
+        with self._waits.counted(why):
+            self._wait_done(job)
+        self._progress_of(job)
+
+    def _progress_of(self, job: Job) -> None:
         """Do what a job with its weights ready allows: upload, free its buffer, forget it when done.
 
         Raises:
             TransferError: the job failed.
         """
-        record = job.record
+        record = self._records[job.bucket]
         if self._pipeline.done(job.ticket):
             self._wait_done(job)  # raises what went wrong
             self._jobs.remove(job)
+        if not job.updated:
+            if record.adding is job:
+                record.adding = None
+                for pid, magnitude in job.results().items():
+                    if pid in record.home.accumulated:
+                        record.home.accumulated[pid] = magnitude
+            self._give_buffer(job)
         if record.job is job:
             record.job = None
             if record.home.weight_tier is Tier.GPU:
@@ -743,17 +829,18 @@ class Updates:
                 record.advance(UpdateState.IDLE)
             self._give_buffer(job)
 
-    def _upload(self, job: _Job) -> None:
+    def _upload(self, job: Job) -> None:
         """Copy the new weights in. Only those that the job made: the rest of the buffer is stale."""
-        home, buffer = job.record.home, job.buffer
+        record, buffer = self._records[job.bucket], job.buffer
+        home = record.home
         assert isinstance(home.weight, OnGpu) and buffer is not None
-        for start, stop in _runs(home.bucket, job.updated):
+        for start, stop in runs(home.bucket, job.updated):
             cut = slice(start * home.dtype.itemsize, stop * home.dtype.itemsize)
-            job.record.upload = self._device.copy_in(
+            record.upload = self._device.copy_in(
                 home.weight.memory.bytes[cut], buffer.memory.bytes[cut], (job.mark,)
             )
-        buffer.busy = job.record.upload
-        job.record.advance(UpdateState.UPLOADING)
+        buffer.busy = record.upload
+        record.advance(UpdateState.UPLOADING)
 
     def _drop_grads(self, record: _Record) -> None:
         for grad in record.grads.values():
@@ -766,35 +853,3 @@ class Updates:
             # Copies out into it may be under way; later ones, and their readers, follow them.
             self._give_buffer(record)
             record.advance(UpdateState.IDLE)
-
-
-def _runs(bucket: Bucket, updated: Sequence[ParamSpec]) -> Iterable[tuple[int, int]]:
-    """Half-open element ranges that cover `updated` and, besides them, only padding."""
-    wanted = {spec.pid for spec in updated}
-    runs: list[list[int]] = []
-    open_run = False
-    for spec in bucket.params:
-        if spec.pid not in wanted:
-            open_run = False
-            continue
-        if open_run:
-            runs[-1][1] = spec.offset + spec.numel
-        else:
-            runs.append([spec.offset, spec.offset + spec.numel])
-            open_run = True
-    return [(start, stop) for start, stop in runs]
-
-
-def _native_place(place: Place) -> int | tuple[int, int]:
-    """A host address, or an extent and a byte offset in it."""
-    if isinstance(place.home, InDram):
-        return place.home.memory.address + place.offset
-    assert isinstance(place.home, OnSsd)
-    return place.home.extent, place.offset
-
-
-def _ssd_bytes(home: BucketHome) -> int:
-    """State buffer that one update of the bucket takes: its fp32 arrays on SSD, on whole pages."""
-    nbytes = pages(home.bucket.numel * 4)
-    names = ("master", "exp_avg", "exp_avg_sq")
-    return sum(nbytes for name in names if home.place(name).home.tier is Tier.SSD)

@@ -1,0 +1,155 @@
+"""The CPU's work on one bucket, as the native pipeline takes it: update it, or add its gradients up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lohan_fx import native
+from lohan_fx.program import Bucket, ParamSpec, Tier
+
+from .adam_gpu import Scale, adam_step
+from .buckets import BucketHome, InDram, OnSsd, Place
+from .device import Arrival
+from .gradients import GradBuffer
+from .memory import pages
+from .norms import Magnitude
+from .options import AdamGroup
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One job under way. Its memory and its events live here until it is done."""
+
+    bucket: int
+    ticket: int
+    updated: tuple[ParamSpec, ...]  # empty where it adds gradients only
+    events: tuple[Arrival, ...]
+    mark: Arrival  # the upload of new weights follows it
+    buffer: GradBuffer | None
+    measured: tuple[ParamSpec, ...] = ()
+    magnitudes: torch.Tensor | None = None  # [measured, 2] double: sum of squares, largest
+
+    def results(self) -> dict[int, Magnitude]:
+        """L2 norm and largest magnitude of each sum measured, by pid; when done."""
+        if self.magnitudes is None:
+            return {}
+        return {
+            spec.pid: (math.sqrt(squares), largest)
+            for spec, (squares, largest) in zip(
+                self.measured, self.magnitudes.tolist(), strict=True
+            )
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """One parameter in an update: its group's scalars, which of its updates this is, from 1."""
+
+    spec: ParamSpec
+    group: AdamGroup
+    step: int
+
+
+def update_job(
+    home: BucketHome,
+    updated: Sequence[Updated],
+    buffer: GradBuffer,
+    scale: Scale,
+    events: Sequence[Arrival],
+    adds: Sequence[str] | None,
+) -> native.AdamJob:
+    """Adam over `updated`, from the gradients in `buffer`; new 16-bit weights go to their place in
+    DRAM or on SSD, else to the buffer.
+
+    Args:
+        adds: the update is made from the bucket's sums, after each gradient has gone into them so;
+            None: it is made from the gradients.
+    """
+    steps = list(dict.fromkeys((each.group, each.step) for each in updated))
+    number = {key: index for index, key in enumerate(steps)}
+    out, out_extent = 0, None
+    if home.bucket.has_master:
+        out = buffer.memory.address
+        if isinstance(home.weight, InDram):
+            out = home.weight.memory.address
+        elif isinstance(home.weight, OnSsd):
+            out_extent = (home.weight.extent, 0)
+    return native.AdamJob(
+        name=home.bucket.name,
+        numel=home.bucket.numel,
+        grad=buffer.memory.address,
+        grad_dtype=home.bucket.dtype,
+        segments=[(e.spec.offset, e.spec.numel, number[e.group, e.step]) for e in updated],
+        groups=[adam_step(group, step, scale) for group, step in steps],
+        master=_native_place(home.place("master")),
+        exp_avg=_native_place(home.place("exp_avg")),
+        exp_avg_sq=_native_place(home.place("exp_avg_sq")),
+        out=out,
+        out_extent=out_extent,
+        out_dtype=home.bucket.dtype if home.bucket.has_master else None,
+        ready_events=[event.handle for event in events],
+        accum=0 if adds is None else home.sums().data_ptr(),
+        adds=adds or (),
+    )
+
+
+def sum_job(
+    home: BucketHome,
+    specs: Sequence[ParamSpec],
+    adds: Sequence[str],
+    buffer: GradBuffer | None,
+    events: Sequence[Arrival],
+    magnitudes: torch.Tensor | None,
+) -> native.AdamJob:
+    """Put gradients in `buffer` into the bucket's sums, and measure those."""
+    return native.AdamJob(
+        name=home.bucket.name,
+        numel=home.bucket.numel,
+        grad=0 if buffer is None else buffer.memory.address,
+        grad_dtype=home.bucket.dtype,
+        segments=[(spec.offset, spec.numel, 0) for spec in specs],
+        groups=[],
+        master=0,
+        exp_avg=0,
+        exp_avg_sq=0,
+        ready_events=[event.handle for event in events],
+        accum=home.sums().data_ptr(),
+        adds=adds,
+        magnitudes=0 if magnitudes is None else magnitudes.data_ptr(),
+    )
+
+
+def runs(bucket: Bucket, updated: Sequence[ParamSpec]) -> Iterable[tuple[int, int]]:
+    """Half-open element ranges that cover `updated` and, besides them, only padding."""
+    wanted = {spec.pid for spec in updated}
+    found: list[list[int]] = []
+    open_run = False
+    for spec in bucket.params:
+        if spec.pid not in wanted:
+            open_run = False
+            continue
+        if open_run:
+            found[-1][1] = spec.offset + spec.numel
+        else:
+            found.append([spec.offset, spec.offset + spec.numel])
+            open_run = True
+    return [(start, stop) for start, stop in found]
+
+
+def _native_place(place: Place) -> int | tuple[int, int]:
+    """A host address, or an extent and a byte offset in it."""
+    if isinstance(place.home, InDram):
+        return place.home.memory.address + place.offset
+    assert isinstance(place.home, OnSsd)
+    return place.home.extent, place.offset
+
+
+def state_buffer_bytes(home: BucketHome) -> int:
+    """State buffer that one update of the bucket takes: its fp32 arrays on SSD, on whole pages."""
+    nbytes = pages(home.bucket.numel * 4)
+    names = ("master", "exp_avg", "exp_avg_sq")
+    return sum(nbytes for name in names if home.place(name).home.tier is Tier.SSD)
