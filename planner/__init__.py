@@ -3,7 +3,8 @@
 problem   the question: stages, buckets, activations, lanes, capacities
 schedule  where in a pass each move stands; the compiler uses it too
 solution  the answer
-cost      the model of time and memory that solvers search with
+cost      bytes in every tier, lane traffic, and the estimate of the step that solvers search with
+simulate  a step replayed moment by moment; where predictions come from
 least     where a search begins; the least each tier must hold
 moves     moves of groups of identical items
 greedy    a fast solver
@@ -28,7 +29,7 @@ from lohan_fx.planner.cost import (
     accumulator_bytes,
     activation_places,
     bucket_places,
-    predict,
+    estimate,
 )
 from lohan_fx.planner.greedy import greedy
 from lohan_fx.planner.least import least_bytes
@@ -45,6 +46,15 @@ from lohan_fx.planner.problem import (
     Place,
     Problem,
     Stage,
+)
+from lohan_fx.planner.simulate import (
+    MEMORY_CLASSES,
+    Simulation,
+    Stall,
+    TierMemory,
+    TimeSpan,
+    predict,
+    simulate,
 )
 from lohan_fx.planner.solution import Forced, Optimality, Prediction, Solution, Windows
 from lohan_fx.planner.validate import validate
@@ -89,6 +99,7 @@ def solve(problem: Problem, policy: str = "greedy", forced: Forced | None = None
 
 
 __all__ = [
+    "MEMORY_CLASSES",
     "SOLVERS",
     "Activation",
     "Bucket",
@@ -104,17 +115,23 @@ __all__ = [
     "Prediction",
     "Problem",
     "Room",
+    "Simulation",
     "Solution",
     "Stage",
+    "Stall",
+    "TierMemory",
+    "TimeSpan",
     "Windows",
     "accumulator_bytes",
     "activation_places",
     "bucket_places",
     "check_policy",
     "default_overlap",
+    "estimate",
     "greedy",
     "least_bytes",
     "predict",
+    "simulate",
     "solve",
     "validate",
 ]

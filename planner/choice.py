@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from lohan_fx.planner.cost import Ledger, Room, predict
+from lohan_fx.planner.cost import Ledger, Room, estimate
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
+from lohan_fx.planner.simulate import predict
 from lohan_fx.planner.solution import Forced, Prediction, Solution
 from lohan_fx.units import format_bytes
 
@@ -39,7 +41,7 @@ def excess_bytes(
     if problem.max_ssd_bytes_per_day is not None:
         writes = max(0, written - int(problem.max_ssd_bytes_per_day * step_s() / SECONDS_PER_DAY))
     return (
-        max(0, gpu - have.gpu_bytes),
+        max(0, gpu + problem.gpu_margin_bytes - have.gpu_bytes),
         max(0, dram - have.dram_bytes),
         max(0, ssd - have.ssd_bytes),
         writes,
@@ -68,9 +70,12 @@ def rank(solution: Solution) -> tuple[float, int, int]:
 
 
 def finish(problem: Problem, ledger: Ledger, room: Room, policy: str = "") -> Solution | None:
-    """The solution of a placement at one width of windows; None if it does not fit."""
+    """The solution of a placement at one width of windows; None if it does not fit.
+
+    Its seconds are the estimate; see `replayed`.
+    """
     windows = ledger.windows(room)
-    predicted = predict(problem, ledger.buckets, ledger.activations, windows)
+    predicted = estimate(problem, ledger.buckets, ledger.activations, windows)
     if any(excess_of(problem, predicted)):
         return None
     return Solution(
@@ -80,6 +85,12 @@ def finish(problem: Problem, ledger: Ledger, room: Room, policy: str = "") -> So
         windows=windows,
         predicted=predicted,
     )
+
+
+def replayed(problem: Problem, solution: Solution) -> Solution:
+    """The solution with the seconds of a simulation in place of the estimate."""
+    predicted = predict(problem, solution.buckets, solution.activations, solution.windows)
+    return dataclasses.replace(solution, predicted=predicted)
 
 
 def all_on_gpu(problem: Problem, forced: Forced, policy: str = "") -> Solution | None:
@@ -97,7 +108,9 @@ def fits_at_all(problem: Problem, ledger: Ledger, rooms: Sequence[Room] = tuple(
     """True if the bytes of a placement fit at any of these widths of windows."""
     have = problem.capacities
     return any(
-        gpu <= have.gpu_bytes and dram <= have.dram_bytes and ssd <= have.ssd_bytes
+        gpu + problem.gpu_margin_bytes <= have.gpu_bytes
+        and dram <= have.dram_bytes
+        and ssd <= have.ssd_bytes
         for gpu, dram, ssd in (ledger.peaks(ledger.windows(room)) for room in rooms)
     )
 
@@ -110,11 +123,14 @@ def fitting(problem: Problem, ledger: Ledger, policy: str) -> Solution:
     for room in sorted(Room, reverse=True):
         if fits_at_all(problem, ledger, (room,)):
             solution = finish(problem, ledger, room, policy)
-            if solution is not None:
+            if solution is None:
+                continue
+            solution = replayed(problem, solution)
+            if not any(excess_of(problem, solution.predicted)):
                 return solution
     have = problem.capacities
-    peaks = ledger.peaks(ledger.windows(Room.NONE))
-    need = dict(zip(("gpu", "dram", "ssd"), peaks, strict=True))
+    gpu, dram, ssd = ledger.peaks(ledger.windows(Room.NONE))
+    need = {"gpu": gpu + problem.gpu_margin_bytes, "dram": dram, "ssd": ssd}
     budget = {"gpu": have.gpu_bytes, "dram": have.dram_bytes, "ssd": have.ssd_bytes}
     words = [
         f"{tier.upper()}: {format_bytes(need[tier])} at least, the budget has {format_bytes(budget[tier])}"

@@ -1,6 +1,7 @@
 """What a placement costs: busy seconds on every lane, and bytes in every tier over time.
 
-This is the only model of time and memory that solvers use, and predictions come from it too.
+This is the only model of time and memory that solvers use. The bytes of predictions come from it, and
+their bound; their seconds come from `simulate`.
 
 [Note: loads add up]
 Every item's share of lane traffic, and the positions at which it occupies the GPU, depend on its
@@ -400,14 +401,14 @@ class Ledger:
         self._recomputable = {i for i, p in enumerate(activations) if p is Place.RECOMPUTE}
         self.intervals = backward_intervals(problem, activations)
         self.traffic = stage_traffic(problem)
-        self.ssd_bytes = 0
-        self._dram_item_bytes = 0
-        self._slot_bytes = 0
+        # What is kept in a tier, by class; activations in DRAM share one allocation.
+        self._in_dram: Counter[str] = Counter()
+        self._on_ssd: Counter[str] = Counter()
         self._num_gpu_states = 0
         self._known_traffic: dict[tuple[object, ...], Floats] = {}
         self._cpu_grad_bytes = 0
         self._gpu: Ints = np.zeros(2 * num_stages + 1, dtype=np.int64)
-        self._gpu += problem.fixed_gpu_bytes + problem.gpu_margin_bytes
+        self._gpu += problem.fixed_gpu_bytes
         for stage in problem.stages:
             self._gpu[stage.index] += stage.forward_workspace_bytes
             self._gpu[2 * num_stages - 1 - stage.index] += stage.backward_workspace_bytes
@@ -491,9 +492,9 @@ class Ledger:
                 self._fetch[2 * num_stages - 1 - bucket.backward_stages[-1]] += sign * size
         section = weight_section_bytes(bucket)
         if place.weight is Place.DRAM:
-            self._dram_item_bytes += sign * section
+            self._in_dram["weights"] += sign * section
         elif place.weight is Place.SSD:
-            self.ssd_bytes += sign * section
+            self._on_ssd["weights"] += sign * section
             self._size("inbound", section, sign)
         if bucket.grad_stage is None:
             return
@@ -508,9 +509,9 @@ class Ledger:
         first, last = gradient_interval(bucket)
         self._open[last : first + 1] += sign
         if place.state is Place.DRAM:
-            self._dram_item_bytes += sign * state_section_bytes(bucket)
+            self._in_dram["optimizer"] += sign * state_section_bytes(bucket)
         else:
-            self.ssd_bytes += sign * state_section_bytes(bucket)
+            self._on_ssd["optimizer"] += sign * state_section_bytes(bucket)
         if size := state_buffer_bytes(bucket, place):
             self._size("state", size, sign)
 
@@ -526,10 +527,10 @@ class Ledger:
         self._out[activation.last_forward_stage] += sign * size
         self._in[problem.num_stages - 1 - interval[0]] += sign * size
         if place is Place.DRAM:
-            self._slot_bytes += sign * size
+            self._in_dram["activations"] += sign * size
         else:
             section = align_up(activation.bytes, PAGE)
-            self.ssd_bytes += sign * section
+            self._on_ssd["activations"] += sign * section
             self._size("inbound", section, sign)
             self._size("outbound", section, sign)
 
@@ -556,24 +557,40 @@ class Ledger:
             outbound_bytes=(4 if roomy else 2) * self._largest("outbound"),
         )
 
+    @property
+    def ssd_bytes(self) -> int:
+        return sum(self._on_ssd.values())
+
+    def ssd_by_class(self) -> dict[str, int]:
+        """Bytes on SSD: weights, optimizer, activations."""
+        return dict(self._on_ssd)
+
     def dram_bytes(self, windows: Windows) -> int:
         """Peak DRAM: it is all allocated before the first step, so it does not vary."""
+        return sum(self.dram_by_class(windows).values())
+
+    def dram_by_class(self, windows: Windows) -> dict[str, int]:
+        """Bytes in DRAM: weights, gradients, optimizer, activations, buffers."""
         if self.problem.overlap.waits_for_step:
             gradients = self._cpu_grad_bytes
         else:
             gradients = windows.grad_buffers * self._largest("grad")
-        return (
-            self._dram_item_bytes
-            + align_up(self._slot_bytes, PAGE)
-            + gradients
-            + windows.state_buffers * self._largest("state")
+        return {
+            "weights": self._in_dram["weights"],
+            "gradients": gradients,
+            "optimizer": self._in_dram["optimizer"],
+            "activations": align_up(self._in_dram["activations"], PAGE),
+            "buffers": windows.state_buffers * self._largest("state")
             + windows.inbound_bytes
             + windows.outbound_bytes
-            + (self.problem.ssd_bounce_bytes if self.ssd_bytes else 0)
-        )
+            + (self.problem.ssd_bounce_bytes if self.ssd_bytes else 0),
+        }
 
     def gpu_bytes(self, windows: Windows) -> Ints:
-        """Bytes on the GPU at every position, 2S + 1 of them; the last is the optimizer's turn."""
+        """Bytes on the GPU at every position, 2S + 1 of them; the last is the optimizer's turn.
+
+        The problem's `gpu_margin_bytes` are not in it: they must fit besides.
+        """
         num_stages = self.problem.num_stages
         used = self._gpu.copy()
         forward, backward = slice(0, num_stages), slice(num_stages, 2 * num_stages)
@@ -600,13 +617,16 @@ class Ledger:
         return _is_ahead(windows, self.windows(Room.ITEM))
 
 
-def predict(
+def estimate(
     problem: Problem,
     buckets: Sequence[BucketPlace],
     activations: Sequence[Place],
     windows: Windows,
 ) -> Prediction:
-    """What one steady step of this placement takes, in seconds and bytes."""
+    """What one steady step of this placement takes: the slowest lane of each phase, and bytes.
+
+    This is what solvers search with; `simulate.predict` replays the step instead.
+    """
     ledger = Ledger(problem, buckets, activations)
     traffic = ledger.traffic[None, :]
     ahead = ledger.is_ahead(windows)

@@ -12,7 +12,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lohan_fx.planner.choice import Excess, Scarce, all_on_gpu, finish, rank
+from lohan_fx.planner.choice import (
+    SECONDS_PER_DAY,
+    Excess,
+    Scarce,
+    all_on_gpu,
+    excess_of,
+    finish,
+    rank,
+    replayed,
+)
 from lohan_fx.planner.cost import Floats, Ints, Ledger, Room
 from lohan_fx.planner.least import check_forced, starts
 from lohan_fx.planner.moves import NO_GAIN, Search
@@ -22,6 +31,9 @@ from lohan_fx.planner.words import nothing_fits, with_reasons
 
 # Rounds of giving up GPU bytes and spending them again; it ends with the first that gains nothing.
 _MOST_EXCHANGES = 4
+
+# Searches for a plan that writes less, where a bound on SSD writes is kept by the estimate alone.
+_MOST_TIGHTENINGS = 4
 
 _ORDERS: tuple[tuple[Scarce, ...], ...] = (
     (Scarce.GPU, Scarce.DRAM, Scarce.SSD, Scarce.GPU, Scarce.DRAM),
@@ -37,6 +49,18 @@ def greedy(problem: Problem, forced: Forced | None = None) -> Solution:
     """
     forced = forced or Forced()
     check_forced(problem, forced)
+    best = _search(problem, forced)
+    if best is None:
+        raise nothing_fits(problem, forced, _without_bound(problem, forced))
+    best = replayed(problem, best)
+    bound = problem.max_ssd_bytes_per_day
+    if bound is not None and any(excess_of(problem, best.predicted)):
+        best = _within(bound, problem, forced, best)
+    return with_reasons(problem, dataclasses.replace(best, policy="greedy"), forced)
+
+
+def _search(problem: Problem, forced: Forced) -> Solution | None:
+    """The best plan by the estimate; None if nothing fits."""
     best = all_on_gpu(problem, forced)
     if best is None:
         begin = starts(problem, forced)
@@ -44,9 +68,26 @@ def greedy(problem: Problem, forced: Forced | None = None) -> Solution:
             best = _best(problem, forced, room, begin)
             if best is not None:
                 break
-    if best is None:
-        raise nothing_fits(problem, forced, _without_bound(problem, forced))
-    return with_reasons(problem, dataclasses.replace(best, policy="greedy"), forced)
+    return best
+
+
+def _within(bound: int, problem: Problem, forced: Forced, over: Solution) -> Solution:
+    """A plan that keeps the bound on SSD writes where `over`, replayed, turned out too fast for it.
+
+    The estimate took the step of `over` for longer than it is; the search is told of less to write.
+    """
+    told = bound
+    for _ in range(_MOST_TIGHTENINGS):
+        written = over.predicted.ssd_bytes_written_per_step
+        a_day = written * SECONDS_PER_DAY / over.predicted.step_s
+        told = min(int(told * bound / a_day), told - 1)
+        found = _search(dataclasses.replace(problem, max_ssd_bytes_per_day=told), forced)
+        if found is None:
+            break
+        over = replayed(problem, found)
+        if not any(excess_of(problem, over.predicted)):
+            return over
+    raise nothing_fits(problem, forced, _without_bound(problem, forced))
 
 
 def _without_bound(problem: Problem, forced: Forced) -> Solution | None:

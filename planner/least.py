@@ -96,11 +96,11 @@ def start(problem: Problem, forced: Forced, lowest: Place, most_numel: int | Non
 def least_bytes(problem: Problem, forced: Forced | None = None) -> dict[str, int]:
     """The least each tier must hold, in bytes.
 
-    `gpu`: with all else streamed, recomputed or swapped, and nothing moving ahead. `dram`: with as
-    much on SSD as makes it least. `ssd`: with the DRAM of this problem filled first.
+    `gpu`: with all else streamed, recomputed or swapped, nothing moving ahead, and the margin.
+    `dram`: with as much on SSD as makes it least. `ssd`: with the DRAM of this problem filled first.
     """
     forced = forced or Forced()
     ledger = start_with_least_dram(problem, forced)
     gpu, dram, everything = ledger.peaks(ledger.windows(Room.NONE))
     spare = max(0, problem.capacities.dram_bytes - dram)
-    return {"gpu": gpu, "dram": dram, "ssd": max(0, everything - spare)}
+    return {"gpu": gpu + problem.gpu_margin_bytes, "dram": dram, "ssd": max(0, everything - spare)}

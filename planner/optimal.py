@@ -1,8 +1,8 @@
 """The default solver: a mixed-integer program, and the best of everything else that fits.
 
 Its own placements come from `milp` at each width of windows; greedy's, lohan's and those of the
-static policies compete with them by predicted step. So no policy has a plan that is faster, and the
-program's relaxation says how much faster any plan could be at most.
+static policies compete with them by the step that a replay of each takes. So no policy has a plan
+that is faster, and the program's relaxation says how much faster any plan could be at most.
 
 A budget that holds everything keeps everything on the GPU, and nothing else is tried: what could be
 gained by moving the optimizer off an otherwise idle GPU is not worth a step that depends on links.
@@ -17,13 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from lohan_fx.errors import InfeasiblePlan
-from lohan_fx.planner.choice import all_on_gpu, excess_of, finish, rank
-from lohan_fx.planner.cost import Ledger, Room, predict, step_seconds
+from lohan_fx.planner.choice import all_on_gpu, excess_of, finish, rank, replayed
+from lohan_fx.planner.cost import Ledger, Room, step_seconds
 from lohan_fx.planner.greedy import greedy, improve
 from lohan_fx.planner.least import check_forced
 from lohan_fx.planner.lots import Lot
 from lohan_fx.planner.moves import AnyPlace, Search, group_items
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
+from lohan_fx.planner.simulate import predict
 from lohan_fx.planner.solution import Forced, Optimality, Solution
 from lohan_fx.planner.words import with_reasons
 
@@ -44,7 +45,8 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Solver
     best = all_on_gpu(problem, forced)
     failure: NothingFits | None = None
     if best is None:
-        found = list(placements(problem, forced))
+        replays = (replayed(problem, solution) for solution in placements(problem, forced))
+        found = [s for s in replays if not any(excess_of(problem, s.predicted))]
         for solver in (greedy, *rivals.values()):
             try:
                 found.append(solver(problem, forced))
@@ -59,6 +61,8 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Solver
         mixed = _mixed(problem, forced, best)
         if mixed is not None:
             best = min(best, mixed, key=rank)
+    else:
+        best = replayed(problem, best)
     best = dataclasses.replace(best, policy="optimal", optimality=None)
     proof = _proof(problem, forced, best, begun)
     return with_reasons(problem, dataclasses.replace(best, optimality=proof), forced)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from lohan_fx.planner.choice import fits_at_all, fitting
+from lohan_fx.planner.choice import fits_at_all, fitting, replayed
 from lohan_fx.planner.cost import Ledger, Room
 from lohan_fx.planner.least import check_forced, is_redone_in_place
 from lohan_fx.planner.problem import (
@@ -168,7 +168,7 @@ def checkmate(problem: Problem, forced: Forced | None = None) -> Solution:
     kept = {i: p for i, p in forced.activations.items() if p in (G, R)}
     found = [fallback]
     if len(kept) == len(forced.activations):
-        found += placements(unswapped, Forced(pinned, kept))
+        found += [replayed(problem, s) for s in placements(unswapped, Forced(pinned, kept))]
     best = min(found, key=lambda s: s.predicted.step_s)
     return dataclasses.replace(best, policy="checkmate")
 

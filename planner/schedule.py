@@ -11,7 +11,8 @@ position, what ends comes first, then what starts ahead of its use, then what mu
 [Note: windows] A copy in is issued as early as a window in bytes allows: value j is fetched just
 before the wait of value i when the values after i up to and including j fit the window. So the bytes
 that have been issued and not waited for never exceed the window (or one value, where that is
-larger). A copy out is waited for when the next one would leave more than a window on its way.
+larger). A copy out is waited for when the next one would leave more than a window on its way,
+and at once where it is larger than the window.
 """
 
 from __future__ import annotations
@@ -126,6 +127,9 @@ def offload_moves(leaving: Iterable[Use], end: int, window_bytes: int) -> list[P
             behind -= oldest.nbytes
             placed.append(Placed(use.position, Phase.ENDS, "offload_wait", oldest.arg))
         placed.append(Placed(use.position, Phase.ENDS, "offload", use.arg))
+        if use.nbytes > window_bytes:
+            placed.append(Placed(use.position, Phase.ENDS, "offload_wait", use.arg))
+            continue
         in_flight.append(use)
         behind += use.nbytes
     placed += [Placed(end, Phase.ENDS, "offload_wait", use.arg) for use in in_flight]

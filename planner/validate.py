@@ -191,7 +191,7 @@ def _gpu(problem: Problem, solution: Solution) -> list[str]:
         forward = position < num_stages
         backward = num_stages <= position < 2 * num_stages
         stage = position if forward else 2 * num_stages - 1 - position
-        live = problem.fixed_gpu_bytes + problem.gpu_margin_bytes
+        live = problem.fixed_gpu_bytes
         if forward:
             live += problem.stages[stage].forward_workspace_bytes
         if backward:
@@ -241,9 +241,11 @@ def _gpu(problem: Problem, solution: Solution) -> list[str]:
         if any_gpu_state and (position == 2 * num_stages if waits else backward):
             live += problem.gpu_adam_workspace_bytes
         worst = max(worst, live)
-        if live > problem.capacities.gpu_bytes:
+        with_margin = live + problem.gpu_margin_bytes
+        if with_margin > problem.capacities.gpu_bytes:
             found.append(
-                f"position {position}: {live} bytes on a GPU of {problem.capacities.gpu_bytes}"
+                f"position {position}: {with_margin} bytes on a GPU of "
+                f"{problem.capacities.gpu_bytes}"
             )
     if worst > solution.predicted.peak_bytes["gpu"]:
         found.append(

@@ -84,6 +84,17 @@ def test_what_leaves_is_waited_for_when_the_next_would_exceed_the_window() -> No
     ]
 
 
+def test_what_is_larger_than_the_window_leaves_before_anything_else_runs() -> None:
+    assert words(offload_moves([Use(1, 0, 10), Use(2, 1, 30), Use(3, 2, 10)], 4, 20)) == [
+        "1 offload 0",
+        "2 offload_wait 0",
+        "2 offload 1",
+        "2 offload_wait 1",
+        "3 offload 2",
+        "4 offload_wait 2",
+    ]
+
+
 def test_what_comes_back_is_awaited_at_the_start_of_its_stage() -> None:
     assert words(reload_moves([Use(4, 0, 10), Use(0, 1, 10)], 20)) == [
         "0 reload 1",
