@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+from lohan_fx.errors import LohanError
 from lohan_fx.planner.problem import Lanes
 
 
@@ -100,10 +101,15 @@ class Fluid:
         self._dram = lanes.dram_bytes_per_s if lanes.dram_bytes_per_s > 0 else math.inf
 
     def begin(self, job: Job) -> None:
-        """Start a job on its lane, which is free. One without work is done at once."""
+        """Start a job on its lane, which is free. One without work is done at once.
+
+        Raises LohanError where the lane does not exist.
+        """
         job.start_s = self.now_s
         if job.left <= 0.0:
             self._finish(job)
+        elif self._alone[job.lane] <= 0:
+            raise LohanError(f"this plan needs lane {LANE_NAMES[job.lane]}, which does not exist")
         else:
             self.active[job.lane] = job
 

@@ -181,6 +181,7 @@ def simulated(estimated: Prediction, simulation: Simulation) -> Prediction:
         backward_s=simulation.backward_s * longer,
         update_s=simulation.update_s * longer,
         bottleneck=simulation.bottleneck,
+        stall_s={cause: s * longer for cause, s in simulation.stall_s.items()},
     )
 
 

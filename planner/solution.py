@@ -50,7 +50,8 @@ class Prediction:
     """What one steady step does.
 
     `step_s` is forward, backward and, where the optimizer has a turn of its own, `update_s`.
-    `bound_s` is the busiest lane alone: no schedule of this placement can be faster.
+    `bound_s` is the busiest lane alone: no schedule of this placement can be faster. `stall_s` are
+    seconds of idle GPU by the lane it waits for; an estimate has none.
     """
 
     step_s: float
@@ -62,6 +63,7 @@ class Prediction:
     lane_busy_s: Mapping[str, float]
     peak_bytes: Mapping[str, int]
     ssd_bytes_written_per_step: int
+    stall_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Solution:
         """Plain dicts, lists, strings and numbers, ready for JSON."""
         raw: dict[str, Any] = {"schema": SOLUTION_SCHEMA, **dataclasses.asdict(self)}
         raw["predicted"]["lane_busy_s"] = dict(self.predicted.lane_busy_s)
+        raw["predicted"]["stall_s"] = dict(self.predicted.stall_s)
         raw["predicted"]["peak_bytes"] = dict(self.predicted.peak_bytes)
         raw["buckets"] = [[str(b.weight), str(b.state)] for b in self.buckets]
         raw["activations"] = [str(place) for place in self.activations]

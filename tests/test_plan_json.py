@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from problems import MIB, activation, bucket, problem
+from problems import MIB, activation, bucket, deep, problem
 
 from lohan_fx.errors import LohanError, PlanMismatch
 from lohan_fx.plan import (
@@ -21,7 +21,7 @@ from lohan_fx.plan import (
     json_schema,
     validate_json,
 )
-from lohan_fx.planner import Problem, solve
+from lohan_fx.planner import Problem, simulate, solve
 
 ROWS = (
     TensorRow("w", "weight16", 0, (1024, 1024), "bfloat16", 2 * MIB, bucket=0),
@@ -63,6 +63,7 @@ def test_a_plan_reads_back_as_it_was_written() -> None:
 def test_a_plan_has_every_key_of_the_contract() -> None:
     raw = json.loads(made().to_json())
     assert {"schema", "model", "hardware", "budget", "policy", "fits", "reasons"} <= set(raw)
+    assert raw["seconds_from"] == "roofline" and raw["optimality"] is None
     assert set(raw["predicted"]) >= {
         "step_s",
         "forward_s",
@@ -74,6 +75,7 @@ def test_a_plan_has_every_key_of_the_contract() -> None:
         "lane_busy_s",
         "bound_s",
         "ssd_bytes_written_per_step",
+        "stall_s",
     }
     assert set(raw["predicted"]["peak_bytes"]) == {"gpu", "dram", "ssd"}
     assert raw["predicted"]["bottleneck"] in raw["predicted"]["lane_busy_s"]
@@ -137,9 +139,60 @@ def test_a_plan_for_another_graph_is_refused_with_the_differences() -> None:
         made().check_matches(problem(2, (bucket(0, 1), bucket(1, 1)), (activation(0, 0),)))
 
 
-def test_a_plan_of_another_schema_is_refused_with_both_numbers() -> None:
-    raw = json.loads(made().to_json()) | {"schema": PLAN_SCHEMA + 1}
-    with pytest.raises(LohanError, match=f"schema {PLAN_SCHEMA + 1}.*reads {PLAN_SCHEMA}"):
+@pytest.mark.parametrize("schema", [1, PLAN_SCHEMA + 1])
+def test_a_plan_of_another_schema_is_refused_with_both_numbers(schema: int) -> None:
+    raw = json.loads(made().to_json()) | {"schema": schema}
+    with pytest.raises(LohanError, match=f"schema {schema}.*reads {PLAN_SCHEMA}"):
+        Plan.from_json(json.dumps(raw))
+
+
+def test_the_timeline_is_the_replay_of_the_plan() -> None:
+    asked, plan = question(), made()
+    answer = solve(asked)
+    found = simulate(asked, answer.buckets, answer.activations, answer.windows)
+    assert plan.timeline is not None and plan.predicted is not None
+    assert plan.timeline.step_s == pytest.approx(plan.predicted.step_s)
+    assert [(s.lane, s.what, s.name) for s in plan.timeline.spans] == [
+        (s.lane, s.what, s.name) for s in found.spans
+    ]
+    assert plan.timeline.memory["gpu"].peak_bytes == found.memory["gpu"].peak_bytes
+    stalled = sum(s.end_s - s.start_s for s in plan.timeline.stalls)
+    assert stalled == pytest.approx(sum(plan.predicted.stall_s.values()))
+
+
+def test_the_timelines_rows_point_into_its_tables() -> None:
+    raw = json.loads(made().to_json())["timeline"]
+    lane, what, item, in_pass, start_s, end_s = raw["spans"][0]
+    assert raw["lanes"][lane] == "cpu_adam" and raw["whats"][what] == "adam"
+    assert raw["items"][item][0] == "bucket" and raw["passes"][in_pass] == "update"
+    assert 0 <= start_s < end_s <= raw["step_s"]
+    assert len(raw["memory"]["gpu"]["times_s"]) == len(raw["memory"]["gpu"]["bytes"]["weights"])
+
+
+def test_a_deep_plan_with_its_timeline_is_small() -> None:
+    asked = deep(64)
+    plan = build_plan(
+        asked, solve(asked), model="m", hardware="h", budget="", policy="greedy", tensors=()
+    )
+    text = plan.to_json()
+    assert len(text) < 2_000_000
+    assert Plan.from_json(text) == plan
+
+
+def test_what_was_proved_is_in_the_plan() -> None:
+    asked = question()
+    answer = solve(asked, "optimal")
+    plan = build_plan(
+        asked, answer, model="m", hardware="h", budget="", policy="optimal", tensors=()
+    )
+    assert answer.optimality is not None
+    assert json.loads(plan.to_json())["optimality"]["bound_s"] == answer.optimality.bound_s
+
+
+def test_a_timeline_that_points_nowhere_is_refused() -> None:
+    raw = json.loads(made().to_json())
+    raw["timeline"]["spans"][0][2] = 10**6
+    with pytest.raises(LohanError, match="this is not a plan: at timeline"):
         Plan.from_json(json.dumps(raw))
 
 
@@ -164,6 +217,10 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("predicted", None),
         ("predicted/peak_bytes/gpu", "1"),
         ("schedule/0/pass", "sideways"),
+        ("seconds_from", "hearsay"),
+        ("timeline/spans/0", [0, 0, 0, 0, 1.0]),
+        ("timeline/memory/gpu/bytes", {}),
+        ("optimality", 1),
         ("solution/buckets/0", ["gpu"]),
         ("solution/windows/grad_buffers", None),
         ("fingerprint", "abc"),

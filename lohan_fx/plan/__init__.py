@@ -16,9 +16,20 @@ from importlib import resources
 from typing import Any
 
 from lohan_fx.errors import LohanError, PlanMismatch
-from lohan_fx.planner import Bucket, BucketPlace, Place, Prediction, Problem, Solution
+from lohan_fx.planner import (
+    Bucket,
+    BucketPlace,
+    Optimality,
+    Place,
+    Prediction,
+    Problem,
+    Solution,
+    simulate,
+)
 
-PLAN_SCHEMA = 1
+from .timeline import Timeline
+
+PLAN_SCHEMA = 2
 TENSOR_CLASSES = ("weight16", "master32", "moments32", "gradient", "activation", "workspace")
 _MOST_DIFFERENCES = 5
 
@@ -131,7 +142,9 @@ class Plan:
 
     `predicted`, `throughput` and `solution` are None where nothing fits (`fits` False); `reasons`
     say why then, and what limits the step otherwise. `fingerprint` and `graph` name the graph that
-    the plan was made for. `measured` mirrors `predicted` after a run, as plain JSON.
+    the plan was made for. `seconds_from` says whether the seconds of stages come from
+    a "roofline" or were "measured"; `timeline` is the simulated step. `measured` mirrors `predicted`
+    after a run, as plain JSON.
     """
 
     schema: int
@@ -151,7 +164,14 @@ class Plan:
     graph: GraphSummary
     overlap: str = "backward"
     traced_on: str = "cpu"
+    seconds_from: str = "roofline"
+    timeline: Timeline | None = None
     measured: Mapping[str, Any] | None = None
+
+    @property
+    def optimality(self) -> Optimality | None:
+        """What the solver proved of this plan; None where its policy proves nothing."""
+        return None if self.solution is None else self.solution.optimality
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON as plain dicts and lists."""
@@ -169,7 +189,10 @@ class Plan:
             "num_params": self.num_params,
             "fits": self.fits,
             "reasons": list(self.reasons),
+            "seconds_from": self.seconds_from,
             "predicted": predicted,
+            "optimality": None if self.optimality is None else dataclasses.asdict(self.optimality),
+            "timeline": None if self.timeline is None else self.timeline.to_dict(),
             "tensors": [
                 {
                     "name": t.name,
@@ -219,6 +242,12 @@ class Plan:
                 **{key: value for key, value in raw["predicted"].items() if key not in rates}
             )
         graph = raw["graph"]
+        try:
+            timeline = None if raw["timeline"] is None else Timeline.from_dict(raw["timeline"])
+        except IndexError as exc:
+            raise LohanError(
+                "this is not a plan: at timeline: a row points past the end of its table"
+            ) from exc
         return cls(
             schema=raw["schema"],
             model=raw["model"],
@@ -227,6 +256,8 @@ class Plan:
             policy=raw["policy"],
             overlap=raw["overlap"],
             traced_on=raw["traced_on"],
+            seconds_from=raw["seconds_from"],
+            timeline=timeline,
             num_params=raw["num_params"],
             fits=raw["fits"],
             reasons=tuple(raw["reasons"]),
@@ -301,8 +332,9 @@ def build_plan(
     tokens_per_step: int | None = None,
     num_params: int | None = None,
     traced_on: str = "cpu",
+    seconds_from: str = "roofline",
 ) -> Plan:
-    """The plan of one solved problem.
+    """The plan of one solved problem, with the timeline of its step.
 
     `num_params` defaults to the elements of the distinct weights among `tensors`. A mapping in
     `schedule` has the keys "pass", "op" and "arg".
@@ -326,6 +358,10 @@ def build_plan(
         num_params=params,
         tensors=tuple(_placed(row, problem, solution) for row in tensors),
         schedule=_moves(schedule),
+        seconds_from=seconds_from,
+        timeline=Timeline.of(
+            simulate(problem, solution.buckets, solution.activations, solution.windows)
+        ),
         solution=solution,
         fingerprint=problem.fingerprint(),
         graph=GraphSummary.of(problem),
@@ -492,6 +528,7 @@ __all__ = [
     "PlanTensor",
     "TensorRow",
     "Throughput",
+    "Timeline",
     "build_plan",
     "build_unfit_plan",
     "count_params",
