@@ -502,7 +502,7 @@ class Ledger:
             self._num_gpu_states += sign
             return
         if problem.accumulates:
-            self._dram_item_bytes += sign * accumulator_bytes(bucket)
+            self._in_dram["gradients"] += sign * accumulator_bytes(bucket)
         self._size("grad", align_up(bucket.grad_bytes, PAGE), sign)
         self._cpu_grad_bytes += sign * align_up(bucket.grad_bytes, PAGE)
         self._grad[bucket.grad_stage] += sign * align_up(bucket.grad_bytes, GPU_ALIGN)
@@ -577,7 +577,7 @@ class Ledger:
             gradients = windows.grad_buffers * self._largest("grad")
         return {
             "weights": self._in_dram["weights"],
-            "gradients": gradients,
+            "gradients": gradients + self._in_dram["gradients"],
             "optimizer": self._in_dram["optimizer"],
             "activations": align_up(self._in_dram["activations"], PAGE),
             "buffers": windows.state_buffers * self._largest("state")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lohan_fx.planner import replay
-from lohan_fx.planner.cost import Ledger, estimate
+from lohan_fx.planner.cost import Ledger, accumulator_bytes, estimate
 from lohan_fx.planner.cost import state_section_bytes as state_bytes
 from lohan_fx.planner.fluid import LANE_NAMES, Item, Job, Lane
 from lohan_fx.planner.problem import (
@@ -262,6 +262,8 @@ def _memory(
             used[replay.WEIGHTS] += align_up(bucket.weight_bytes, GPU_ALIGN)
         if bucket.trainable and place.state is Place.GPU:
             used[replay.OPTIMIZER] += state_bytes(bucket)
+            if problem.accumulates:
+                used[replay.GRADIENTS] += accumulator_bytes(bucket)
     used[replay.WORKSPACE] += problem.fixed_gpu_bytes
     times, rows = [0.0], [tuple(used)]
     for now_s, changes in itertools.groupby(run.memory, key=lambda change: change[0]):
