@@ -30,7 +30,7 @@ from lohan_fx.planner.solution import Prediction, Windows
 MEMORY_CLASSES = ("weights", "gradients", "optimizer", "activations", "workspace", "buffers")
 # Steps are the same when they differ by less than this share; after so many, the last one counts.
 _SAME = 1e-6
-_MOST_STEPS = 10
+_MOST_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,8 @@ class Simulation:
     `step_s` is the time from the end of one step to the end of the next; forward, backward and, in
     serial mode, the update add up to it. An update that outlives its backward shows in the forward
     that waits for it. `stall_s` are seconds of idle GPU by cause; `bottleneck` is the cause with
-    the most of them, or the GPU where it is busy for longer.
+    the most of them, or the GPU where it is busy for longer. `steady` is False where steps did not
+    come to repeat; this is the last one replayed then.
     """
 
     step_s: float
@@ -99,6 +100,7 @@ class Simulation:
     stalls: tuple[Stall, ...]
     stall_s: Mapping[str, float]
     memory: Mapping[str, TierMemory]
+    steady: bool
 
 
 def simulate(
@@ -121,7 +123,8 @@ def simulate(
             run.advance()
             continue
         ends.append((_end(run, step) - _end(run, step - 1), *run.backlog()))
-        if step >= _MOST_STEPS - 1 or (step and _is_same(*ends[-2:])):
+        steady = step > 0 and _is_same(*ends[-2:])
+        if steady or step >= _MOST_STEPS - 1:
             break
     begin_s, end_s = _end(run, step - 1), _end(run, step)
     forward_end = run.marks[Mark(step, "forward")]
@@ -146,6 +149,7 @@ def simulate(
         stalls=stalls,
         stall_s=stall_s,
         memory=_memory(run, problem, buckets, activations, windows, begin_s, end_s),
+        steady=steady,
     )
 
 
