@@ -146,6 +146,7 @@ class Session:
         )
         self._adopted = False
         self._closed = False
+        self.saving: Any = None  # the checkpoint written last in the background
         self.params = ManagedParams(model, self, device=settings.device, dtype=dtype)
         self._requires_grad = [stub.requires_grad for stub in self.params.stubs]
         # Parameters that the step updates, and those that it would but whose gradient is None.
@@ -214,6 +215,11 @@ class Session:
         self._check_open()
         if self.runtime is not None and self._adopted:
             self.runtime.rest()
+
+    @property
+    def waits_for_step(self) -> bool:
+        """True where updates begin in step(), in forward order; else during the backward."""
+        return Overlap(self._overlap()).waits_for_step
 
     @property
     def step_count(self) -> int:

@@ -161,11 +161,15 @@ def take_inventory(
     return Inventory(names, tuple(weights), tuple(state), any(i.section == "master" for i in state))
 
 
-def in_bucket_order(items: Iterable[Item], session: Session) -> list[Item]:
-    """Items of one bucket together, in the buckets' order; buffers first."""
-    order = {
-        spec.pid: (bucket.index, i)
-        for bucket in session.buckets
-        for i, spec in enumerate(bucket.params)
-    }
-    return sorted(items, key=lambda item: order.get(item.pid, (-1, item.pid)))
+def by_bucket(
+    items: Iterable[Item], session: Session, *, backwards: bool = False
+) -> dict[int, list[Item]]:
+    """Items of one bucket together, in the buckets' order or the other way round.
+
+    Those of no bucket (buffers, or everything where nothing is placed yet) are under -1, first.
+    """
+    bucket_of = {spec.pid: bucket.index for bucket in session.buckets for spec in bucket.params}
+    found: dict[int, list[Item]] = {}
+    for item in items:
+        found.setdefault(bucket_of.get(item.pid, -1), []).append(item)
+    return dict(sorted(found.items(), key=lambda g: (g[0] >= 0, -g[0] if backwards else g[0])))

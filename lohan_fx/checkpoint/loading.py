@@ -72,6 +72,8 @@ def load(
     """
     session = session_of(model)
     check_optimizer(session, optimizer)
+    if session.saving is not None:
+        session.saving.settle()
     where = real_path(Path(path))
     recover(where, MANIFEST)
     manifest = Manifest.read(where)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import datetime
 import shutil
+import threading
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
@@ -22,9 +24,10 @@ from lohan_fx.progress import progress_bar
 from lohan_fx.units import format_bytes
 
 from .directory import Staging, write_file
-from .inventory import Inventory, Item, in_bucket_order, take_inventory
+from .inventory import Inventory, Item, by_bucket, take_inventory
 from .manifest import MANIFEST, Manifest, Shard, encode
 from .shards import PIECE_BYTES, ShardWriter, TensorSpec, index_json, shard_names, split_shards
+from .snapshot import ReadPiece, Snapshot
 
 if TYPE_CHECKING:
     from lohan_fx.optim import Adam
@@ -32,8 +35,8 @@ if TYPE_CHECKING:
 
 _PIECES = 4  # in memory at a time
 
-# (pid, section, first element, where to): fill a 1-D tensor of the section's dtype.
-ReadPiece = Callable[[int, str, int, torch.Tensor], None]
+# Copies of values that are overwritten before they are saved, at most.
+COPY_BYTES = 256 << 20
 
 
 class Stateful(Protocol):
@@ -53,7 +56,8 @@ def save(
     extra: Any = None,
     dtype: str = "compute",
     max_shard_bytes: int = 5 * 10**9,
-) -> None:
+    asynchronous: bool = False,
+) -> Saving:
     """Write a checkpoint of a compiled model into the directory `path`, in place of the one there.
 
     The directory holds `model.safetensors` (or shards with an index) and `config.json`, which
@@ -72,6 +76,14 @@ def save(
         dtype: "compute" writes weights in the compute dtype (and masters with the optimizer),
             "float32" writes the masters as weights.
         max_shard_bytes: most bytes of tensors in one file; a larger tensor gets one by itself.
+        asynchronous: return once updates under way have finished, and write in the background. What
+            is saved is the state at this call: an update that would overwrite a value not saved yet
+            copies it first, into at most 256 MiB more of DRAM, or waits where that is full. A model
+            that has not been called yet is written at once.
+
+    Returns:
+        A handle; with `asynchronous`, call its `wait()` to learn of failures. Saves of one model
+        happen one after another, and before its values are set or moved otherwise.
 
     Raises:
         TrainingLoopError: between backward and step(), or after an update that failed.
@@ -84,14 +96,101 @@ def save(
     if max_shard_bytes <= 0:
         raise LohanError(f"max_shard_bytes is {max_shard_bytes}; give a positive number")
     check_optimizer(session, optimizer)
+    if session.saving is not None:
+        session.saving.settle()
+        session.saving = None
     session.rest()
     inventory = take_inventory(
         model, session, full=dtype == "float32", optimizer=optimizer is not None
     )
     state = _State.of(model, session, optimizer, scheduler, scaler, extra)
-    job = _Job(Path(path), inventory, in_bucket_order(inventory, session), state, max_shard_bytes)
+    job = _Job(Path(path), inventory, state, max_shard_bytes)
+    groups = by_bucket(inventory, session, backwards=not session.waits_for_step)
+    if asynchronous and session.runtime is not None and session.buckets:
+        runtime = session.runtime
+        snapshot = Snapshot(
+            dict(groups),
+            runtime.background_reader(),
+            runtime.read_piece,
+            limit_bytes=COPY_BYTES,
+            deadline_s=runtime.deadline_s,
+        )
+        saving = session.saving = Saving(job, snapshot)
+        runtime.watch(snapshot.before_update, saving.settle)
+        saving.start()
+        return saving
     with progress_bar("Saving", inventory.nbytes) as progress:
-        job.run(session.read_piece, progress)
+        order = (item for items in groups.values() for item in items)
+        job.run(job.begin(), order, session.read_piece, progress)
+    return Saving(job)
+
+
+class Saving:
+    """A checkpoint being written, or written."""
+
+    def __init__(self, job: _Job, snapshot: Snapshot | None = None) -> None:
+        self.path = job.path
+        self._job = job
+        self._snapshot = snapshot
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._seen = False
+
+    def start(self) -> None:
+        """Make the directory, or raise as `save` does; then go on in a thread of its own."""
+        assert self._snapshot is not None
+        try:
+            staging = self._job.begin()
+        except BaseException as error:
+            self._error, self._seen = error, True
+            self._snapshot.give_up()
+            raise
+        # Not a daemon: the interpreter waits for the checkpoint before it ends.
+        self._thread = threading.Thread(
+            target=self._run, args=(staging,), name="lohan-save", daemon=False
+        )
+        self._thread.start()
+
+    def _run(self, staging: Staging) -> None:
+        snapshot = self._snapshot
+        assert snapshot is not None
+        try:
+            self._job.run(staging, snapshot.items(), snapshot.read, lambda nbytes: None)
+        except BaseException as error:  # it is raised where it is waited for
+            self._error = error
+        finally:
+            snapshot.give_up()
+
+    def done(self) -> bool:
+        """True once the checkpoint is in place, or has failed: `wait` then raises."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Block until the checkpoint is in place.
+
+        Raises:
+            TimeoutError: it is not after `timeout_s`.
+            LohanError, TransferError: it failed, as for `save`; the previous one is whole.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise TimeoutError(f"{self.path} is still being written after {timeout_s:g} s")
+        if self._error is not None:
+            self._seen = True
+            raise self._error
+
+    def settle(self) -> None:
+        """Block until nothing more is read; warn of a failure that nobody has waited for."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None and not self._seen:
+            self._seen = True
+            warnings.warn(
+                f"the checkpoint {self.path} could not be written in the background: {self._error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def session_of(model: Any) -> Session:
@@ -184,19 +283,32 @@ class _Job:
 
     path: Path
     inventory: Inventory
-    order: Sequence[Item]
     state: _State
     max_shard_bytes: int
 
-    def run(self, read: ReadPiece, progress: Callable[[int], None]) -> None:
+    def begin(self) -> Staging:
+        """An empty directory on a disk with room."""
         staging = Staging(self.path, MANIFEST)
+        try:
+            _check_room(staging.path, self._shards())
+        except BaseException:
+            staging.abandon()
+            raise
+        return staging
+
+    def run(
+        self,
+        staging: Staging,
+        order: Iterable[Item],
+        read: ReadPiece,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Fill the directory and put it in place; on failure nothing is left of it."""
         writers: dict[str, ShardWriter] = {}
         try:
-            shards = self._shards()
-            _check_room(staging.path, shards)
-            for name, specs in shards.items():
+            for name, specs in self._shards().items():
                 writers[name] = ShardWriter(staging.path / name, specs)
-            _stream(self.order, writers, read, progress)
+            _stream(order, writers, read, progress)
             for writer in writers.values():
                 writer.finish()
             self._write_rest(staging, writers)
@@ -273,7 +385,7 @@ def _check_room(path: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
 
 
 def _stream(
-    order: Sequence[Item],
+    order: Iterable[Item],
     writers: Mapping[str, ShardWriter],
     read: ReadPiece,
     progress: Callable[[int], None],

@@ -240,6 +240,11 @@ class Pools:
             self._bounce = self._map(size, pinned=False)
         return slices(self._bounce, _BOUNCE_SLICES)
 
+    def lasting_bounce(self) -> HostBytes:
+        """A small one beyond the budget, for one reader in another thread; gone when it is dropped."""
+        buffer = native.HostBuffer(_BOUNCE_BYTES)
+        return HostBytes(buffer, torch.frombuffer(buffer, dtype=torch.uint8), False, buffer.ptr)
+
     def forget_bounce(self) -> None:
         """Keep it until close(), for nothing: a transfer that does not end may still touch it."""
         self._bounce = None

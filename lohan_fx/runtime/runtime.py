@@ -235,6 +235,7 @@ class Runtime:
         self._pass: _Pass | None = None
         self._live: _Live | None = None
         self._dropped: set[int] = set()  # tokens of handles that are gone
+        self._settle_watch: Callable[[], None] | None = None
         self._tokens = itertools.count(1)
         self._progress = Progress()
         self.no_sync = (
@@ -298,6 +299,7 @@ class Runtime:
         if windows is None:
             self._set_options(options)
             return
+        self._end_watch()
         self._quiet()
         if self._live is not None or windows.updates.pending:
             raise TrainingLoopError("the plan can change between steps only; call opt.step() first")
@@ -368,6 +370,7 @@ class Runtime:
 
     def close(self) -> None:
         """Give everything back. May be repeated, in any state."""
+        self._end_watch()
         self._pass = None
         self._live = None
         self._finalizer()
@@ -528,6 +531,34 @@ class Runtime:
         home, spec = self._parts.store.find(pid)
         home.read_piece(spec, section, start, out_N)
 
+    def background_reader(self) -> Callable[[int, str, int, torch.Tensor], None]:
+        """`read_piece` for another thread, while steps go on; see `watch`."""
+        through = self._pools.lasting_bounce()
+
+        def read(pid: int, section: str, start: int, out_N: torch.Tensor) -> None:
+            home, spec = self._parts.store.find(pid)  # keeps the runtime while something reads
+            home.read_piece(spec, section, start, out_N, through)
+
+        return read
+
+    def watch(self, before_update: Callable[[int], None], settle: Callable[[], None]) -> None:
+        """Call `before_update(bucket)` before a bucket's values at rest change in a step, and
+        `settle()`, once, before they change or move otherwise."""
+        self._updates.before_update = before_update
+        self._settle_watch = settle
+
+    def _end_watch(self) -> None:
+        settle, self._settle_watch = self._settle_watch, None
+        if settle is not None:
+            settle()
+            if self._parts.windows is not None:
+                self._updates.before_update = None
+
+    @property
+    def deadline_s(self) -> float:
+        """How long one wait may last."""
+        return self._waits.deadline_s
+
     def rest(self) -> None:
         """Make the values at rest those after the last step, for `read_piece`.
 
@@ -547,6 +578,7 @@ class Runtime:
         Raises:
             TrainingLoopError: gradients wait for step().
         """
+        self._end_watch()
         self._quiet()
         if self.gradients_pending:
             raise TrainingLoopError(
@@ -559,6 +591,7 @@ class Runtime:
 
     def set_master(self, pid: int, value: Value) -> None:
         """Set a parameter: its master and, rounded from that, its weight."""
+        self._end_watch()
         self._quiet()
         home, spec = self._parts.store.find(pid)
         home.set_value(spec, value)
@@ -569,6 +602,7 @@ class Runtime:
         Raises:
             LohanError: the parameter is frozen.
         """
+        self._end_watch()
         self._quiet()
         home, spec = self._parts.store.find(pid)
         home.store(spec, ("exp_avg",), exp_avg)
@@ -576,6 +610,7 @@ class Runtime:
 
     def reset_moments(self) -> None:
         """Both moments of every parameter to zero, steps to 0: where a new optimizer starts."""
+        self._end_watch()
         self._quiet()
         for home in self._parts.store.homes.values():
             if home.bucket.trainable:

@@ -23,7 +23,7 @@ import enum
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -127,6 +127,7 @@ class Updates:
     ) -> None:
         self.pending = False  # a backward has finished and step() has not been called
         self._progress = progress
+        self.before_update: Callable[[int], None] | None = None  # with the bucket; may block
         self._pools = pools
         self._device = device
         self._waits = waits
@@ -678,6 +679,8 @@ class Updates:
 
     def _start(self, record: _Record) -> None:
         """Update a bucket; parameters that no group holds keep their values."""
+        if self.before_update is not None:
+            self.before_update(record.bucket.index)
         home = record.home
         pids = {*record.arrived, *(home.accumulated if record.into_sums else ())}
         updated = []
