@@ -217,11 +217,6 @@ class Session:
             self.runtime.rest()
 
     @property
-    def waits_for_step(self) -> bool:
-        """True where updates begin in step(), in forward order; else during the backward."""
-        return Overlap(self._overlap()).waits_for_step
-
-    @property
     def step_count(self) -> int:
         """Optimizer steps made, those before a checkpoint was loaded included."""
         if self.runtime is not None and self._adopted:
@@ -229,14 +224,24 @@ class Session:
         steps = [int(state["step"]) for state in self._pending_state.values() if "step" in state]
         return max(steps, default=0)
 
+    @property
+    def placed(self) -> bool:
+        """True once the values are in their tiers."""
+        return self._adopted
+
+    def steps(self, pid: int) -> int:
+        """Updates that a parameter has had: those steps in which it had a gradient."""
+        if self.runtime is not None and self._adopted:
+            return self.runtime.steps(pid)
+        return int(self._pending_state.get(pid, {}).get("step", 0))
+
     def restore(
         self,
         values: Mapping[int, Value],
-        moments: Mapping[int, tuple[Value, Value]] | None,
-        step: int,
+        moments: Mapping[int, tuple[int, Value, Value]] | None,
         progress: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
-        """Set parameters (their masters) and, unless None, moments and the step count.
+        """Set parameters (their masters) and, unless None, their step counts and moments.
 
         Where nothing is placed yet, values are only remembered: they are read when they are placed.
         On failure in the middle, training goes on only after another restore.
@@ -247,19 +252,18 @@ class Session:
             if moments is not None:
                 self._pending_state = {
                     pid: {"step": torch.tensor(float(step)), "exp_avg": m, "exp_avg_sq": v}
-                    for pid, (m, v) in moments.items()
+                    for pid, (step, m, v) in moments.items()
                 }
             return
         runtime = self.runtime
-        before = runtime.step_count
         runtime.begin_restore()
         for pid, value in values.items():
             runtime.set_master(pid, value)
             progress(_nbytes(value))
-        for pid, (exp_avg, exp_avg_sq) in (moments or {}).items():
+        for pid, (_, exp_avg, exp_avg_sq) in (moments or {}).items():
             runtime.set_moments(pid, exp_avg, exp_avg_sq)
             progress(_nbytes(exp_avg) + _nbytes(exp_avg_sq))
-        runtime.step_count = before if moments is None else step
+        runtime.end_restore({pid: step for pid, (step, _, _) in (moments or {}).items()})
 
     def attach(self, optimizer: Adam) -> None:
         present = None if self._optimizer is None else self._optimizer()

@@ -94,9 +94,9 @@ def load(
         _verify(files, {**manifest.weights, **manifest.optimizer})
     values, moments = _values(manifest, session, names, weights, state, optimizer is not None)
     nbytes = sum(v.entry.spec.nbytes for v in values.values())
-    nbytes += sum(v.entry.spec.nbytes for pair in (moments or {}).values() for v in pair)
+    nbytes += sum(2 * m.entry.spec.nbytes for _, m, _ in (moments or {}).values())
     with progress_bar("Loading", nbytes) as progress:
-        session.restore(values, moments, manifest.step, progress)
+        session.restore(values, moments, progress)
     with torch.no_grad():
         for name, buffer in names.buffers.items():
             buffer.copy_(in_memory(weights[name]))
@@ -192,7 +192,7 @@ def _check_optimizer_state(
             "they are not the same; make the optimizer from the same parameters in the same order"
         )
     pid_of = {alias: pid for pid, aliases in names.params.items() for alias in aliases}
-    saved = {pid_of[name] for name in manifest.states if name in pid_of}
+    saved = {pid_of[name] for name in manifest.steps if name in pid_of}
     if saved != session.trainable:
         differing = sorted(saved ^ session.trainable)
         raise LohanError(
@@ -200,7 +200,7 @@ def _check_optimizer_state(
             f"{_some([names.of(pid) for pid in differing])}"
         )
     sections = ("master", *MOMENTS)
-    for name in manifest.states:
+    for name in manifest.steps:
         shape = tuple(session.params.stubs[pid_of[name]].shape)
         found = [state[f"{s}.{name}"] for s in sections if f"{s}.{name}" in state]
         if len(found) < 2 or any(tuple(t.shape) != shape for t in found):
@@ -241,8 +241,8 @@ def _values(
     weights: Mapping[str, StoredTensor],
     state: Mapping[str, StoredTensor],
     with_optimizer: bool,
-) -> tuple[dict[int, StoredTensor], dict[int, tuple[StoredTensor, StoredTensor]] | None]:
-    """Masters (or weights where there are none) and moments, by pid."""
+) -> tuple[dict[int, StoredTensor], dict[int, tuple[int, StoredTensor, StoredTensor]] | None]:
+    """Masters (or weights where there are none), and step counts with moments, by pid."""
     saved_as = dict(_known(names, weights))
     values = {
         pid: state.get(f"master.{name}", weights[name]) if manifest.masters else weights[name]
@@ -250,9 +250,14 @@ def _values(
     }
     if not with_optimizer:
         return values, None
+    steps = {
+        pid: next(manifest.steps[alias] for alias in aliases if alias in manifest.steps)
+        for pid, aliases in names.params.items()
+        if pid in session.trainable
+    }
     moments = {
-        pid: (state[f"exp_avg.{saved_as[pid]}"], state[f"exp_avg_sq.{saved_as[pid]}"])
-        for pid in session.trainable
+        pid: (step, state[f"exp_avg.{saved_as[pid]}"], state[f"exp_avg_sq.{saved_as[pid]}"])
+        for pid, step in steps.items()
     }
     return values, moments
 

@@ -35,8 +35,9 @@ class Shard:
 class Manifest:
     """Everything about a checkpoint besides tensors.
 
-    `weights` and `optimizer` are files by name. `states` names the trainable parameters that have
-    optimizer state; `masters` says that fp32 masters are among it (else the weights are those).
+    `weights` and `optimizer` are files by name. `steps` are the updates that each trainable parameter
+    has had, `step` those of the optimizer. `masters` says that fp32 masters are among the optimizer's
+    tensors (else the weights are those).
     `other_files` belong to the checkpoint, but are not needed to load it.
     """
 
@@ -48,7 +49,7 @@ class Manifest:
     masters: bool
     weights: Mapping[str, Shard]
     optimizer: Mapping[str, Shard]
-    states: Sequence[str]
+    steps: Mapping[str, int]
     param_groups: Sequence[Mapping[str, Any]] | None
     optimizer_class: str | None
     scheduler: Mapping[str, Any] | None

@@ -103,11 +103,12 @@ def save(
     inventory = take_inventory(
         model, session, full=dtype == "float32", optimizer=optimizer is not None
     )
-    state = _State.of(model, session, optimizer, scheduler, scaler, extra)
+    state = _State.of(model, session, inventory, optimizer, scheduler, scaler, extra)
     job = _Job(Path(path), inventory, state, max_shard_bytes)
-    groups = by_bucket(inventory, session, backwards=not session.waits_for_step)
-    if asynchronous and session.runtime is not None and session.buckets:
-        runtime = session.runtime
+    runtime = session.runtime
+    backwards = runtime is not None and not runtime.waits_for_step
+    groups = by_bucket(inventory, session, backwards=backwards)
+    if asynchronous and runtime is not None and session.placed:
         snapshot = Snapshot(
             dict(groups),
             runtime.background_reader(),
@@ -215,6 +216,7 @@ class _State:
 
     model_name: str
     step: int
+    steps: Mapping[str, int]
     param_groups: Sequence[Mapping[str, Any]] | None
     optimizer_class: str | None
     scheduler: Any
@@ -228,6 +230,7 @@ class _State:
         cls,
         model: Any,
         session: Session,
+        inventory: Inventory,
         optimizer: Adam | None,
         scheduler: Stateful | None,
         scaler: Stateful | None,
@@ -237,9 +240,12 @@ class _State:
         if session.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(session.device)
         encode(extra, "extra")
+        names = inventory.names
+        steps = {names.of(pid): session.steps(pid) for pid in sorted(session.trainable)}
         return cls(
             model_name=type(model).__name__.removeprefix("Lohan"),
             step=session.step_count,
+            steps={} if optimizer is None else steps,
             param_groups=None if optimizer is None else _groups(session, optimizer),
             optimizer_class=None if optimizer is None else type(optimizer).__name__,
             scheduler=None if scheduler is None else copy.deepcopy(scheduler.state_dict()),
@@ -353,7 +359,7 @@ class _Job:
             masters=self.inventory.masters,
             weights={name: shard for name, shard in listed.items() if name in weights},
             optimizer={name: shard for name, shard in listed.items() if name not in weights},
-            states=sorted({i.spec.name.split(".", 1)[1] for i in self.inventory.optimizer}),
+            steps=state.steps,
             param_groups=state.param_groups,
             optimizer_class=state.optimizer_class,
             scheduler=state.scheduler,

@@ -573,7 +573,7 @@ class Runtime:
             )
 
     def begin_restore(self) -> None:
-        """From here on the values are those of no step, until `step_count` is set.
+        """From here on the values are those of no step, until `end_restore`.
 
         Raises:
             TrainingLoopError: gradients wait for step().
@@ -588,6 +588,12 @@ class Runtime:
             "loading a checkpoint stopped in the middle, so the weights are a mixture; load it "
             "again"
         )
+
+    def end_restore(self, steps: Mapping[int, int]) -> None:
+        """Everything has been set; `steps` are step counts by pid, others stay."""
+        for pid, value in steps.items():
+            self.set_steps(pid, value)
+        self._progress.torn = self._progress.lost = None
 
     def set_master(self, pid: int, value: Value) -> None:
         """Set a parameter: its master and, rounded from that, its weight."""
