@@ -104,12 +104,20 @@ class Adam(torch.optim.Optimizer):
                 yield owner
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch.optim; only before the first step."""
+        """Add a group, as in torch.optim; only before the first step. Nothing changes on an error.
+
+        Raises:
+            ValueError: a value is out of range, or a parameter is in another group already.
+            LohanError: a parameter is not managed.
+        """
         super().add_param_group(param_group)
-        if hasattr(self, "_owner"):
-            list(self._find_owners())
-        for group in self.param_groups:
-            _check_group(group)
+        try:
+            _check_group(self.param_groups[-1])
+            if hasattr(self, "_owner"):
+                list(self._find_owners())
+        except BaseException:
+            self.param_groups.pop()
+            raise
 
     def groups(self) -> list[AdamGroup]:
         """The scalars in force now, one entry per parameter group."""
