@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lohan_fx.runtime import AdamGroup, adam_gpu
-from lohan_fx.runtime.adam_gpu import Update
+from lohan_fx.runtime.adam_gpu import Scale, Update
 
 
 def make_updates(dtype: torch.dtype, groups: list[AdamGroup]) -> list[Update]:
@@ -22,15 +22,18 @@ def make_updates(dtype: torch.dtype, groups: list[AdamGroup]) -> list[Update]:
                 exp_avg_sq=torch.rand(numel, generator=generator),
                 weight=None if dtype is torch.float32 else master.to(dtype),
                 group=groups[index % len(groups)],
+                step=3 + index // 2,
             )
         )
     return updates
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize(
+    "scale", [Scale(), Scale(clip=0.25), Scale(unscale=1e-3, clip=0.7)], ids=str
+)
 def test_the_fused_update_is_the_native_one_up_to_rounding(
-    dtype: torch.dtype, scale: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, scale: Scale, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adam_gpu, "_BATCH_ELEMENTS", 256)  # pieces, and several batches
     groups = [
@@ -38,9 +41,9 @@ def test_the_fused_update_is_the_native_one_up_to_rounding(
         AdamGroup(0.02, 0.8, 0.95, 1e-6, 0.2, False),
     ]
     native, fused = make_updates(dtype, groups), make_updates(dtype, groups)
-    adam_gpu.update_on_device(native, 3, scale)
+    adam_gpu.update_on_device(native, scale)
     for batch in adam_gpu._batches(fused):
-        adam_gpu._update_fused(batch, torch.full((), 3.0), scale)
+        adam_gpu._update_fused(batch, scale)
     for a, b in zip(native, fused, strict=True):
         assert torch.equal(a.grad, b.grad)
         torch.testing.assert_close(a.master, b.master)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lohan_fx import native
+from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, ParamSpec, Tier
 
 from .adam_gpu import Scale, adam_step
 from .buckets import BucketHome, InDram, OnSsd, Place
 from .device import Arrival
 from .gradients import GradBuffer
-from .memory import pages
+from .memory import HostBytes, Pools, pages
 from .norms import Magnitude
-from .options import AdamGroup
+from .options import AdamGroup, RuntimeOptions
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +28,7 @@ class Job:
 
     bucket: int
     ticket: int
+    whole_on_ssd: bool  # new weights are to be read from SSD, so they must have been written
     updated: tuple[ParamSpec, ...]  # empty where it adds gradients only
     events: tuple[Arrival, ...]
     mark: Arrival  # the upload of new weights follows it
@@ -123,6 +126,103 @@ def sum_job(
     )
 
 
+class JobQueue:
+    """The native pipeline and the jobs it has, in order of submission, until they are forgotten."""
+
+    def __init__(
+        self, pools: Pools, homes: Sequence[BucketHome], options: RuntimeOptions, cuda_device: int
+    ) -> None:
+        self._pools = pools
+        self._deadline_s = options.deadline_s
+        self._jobs: deque[Job] = deque()
+        self._owned: list[HostBytes] = []
+        self._pipeline = native.AdamPipeline(
+            options.num_adam_threads,
+            "naive" if options.overlap == Overlap.NAIVE else "optimized",
+            pools.engine,
+            timeout_s=options.deadline_s,
+            cuda_device=cuda_device,
+        )
+        largest = max((_state_buffer_bytes(home) for home in homes), default=0)
+        if largest:
+            self._pipeline.set_state_buffers(
+                [self._state_buffer(n, largest) for n in range(options.state_buffers)]
+            )
+
+    def _state_buffer(self, number: int, nbytes: int) -> tuple[int, int]:
+        memory = self._pools.host_bytes(nbytes, f"state buffer {number}", pinned=False)
+        self._owned.append(memory)
+        return memory.address, memory.nbytes
+
+    def __iter__(self) -> Iterator[Job]:
+        """Over those that there are now, oldest first."""
+        return iter(tuple(self._jobs))
+
+    def __bool__(self) -> bool:
+        return bool(self._jobs)
+
+    def submit(
+        self,
+        home: BucketHome,
+        work: native.AdamJob,
+        *,
+        events: tuple[Arrival, ...],
+        mark: Arrival,
+        buffer: GradBuffer | None,
+        updated: tuple[ParamSpec, ...] = (),
+        measured: tuple[ParamSpec, ...] = (),
+        magnitudes: torch.Tensor | None = None,
+    ) -> Job:
+        ticket = self._pipeline.submit(work)
+        on_ssd = home.weight_tier is Tier.SSD
+        job = Job(
+            home.bucket.index, ticket, on_ssd, updated, events, mark, buffer, measured, magnitudes
+        )
+        self._jobs.append(job)
+        return job
+
+    def is_done(self, job: Job) -> bool:
+        """True also after a failure, which `wait` raises."""
+        return self._pipeline.done(job.ticket)
+
+    def has_weights(self, job: Job) -> bool:
+        """May the weights at rest be read? True also after a failure."""
+        if self._pipeline.done(job.ticket):
+            return True
+        return not job.whole_on_ssd and self._pipeline.weights_ready(job.ticket)
+
+    def wait_for_weights(self, job: Job) -> None:
+        """Raises TransferError: the job failed or took too long; names it."""
+        wait = self._pipeline.wait if job.whole_on_ssd else self._pipeline.wait_weights
+        wait(job.ticket, self._deadline_s)
+
+    def wait(self, job: Job) -> None:
+        """Raises TransferError: the job failed or took too long; names it."""
+        self._pipeline.wait(job.ticket, self._deadline_s)
+
+    def forget(self, job: Job) -> None:
+        self._jobs.remove(job)
+
+    def join(self) -> None:
+        """End the threads; what they had not begun is dropped."""
+        self._pipeline.close()
+
+    def close(self) -> None:
+        """Join, and give the state buffers back."""
+        self._pipeline.close()
+        self._jobs.clear()
+        for memory in self._owned:
+            self._pools.free_host(memory)
+        self._owned.clear()
+
+    def stats(self) -> dict[str, float]:
+        return dict(self._pipeline.stats())
+
+    def take_trace(self) -> list[tuple[str, str, float, float]]:
+        """(bucket, lane, start, end) of finished work, seconds of CLOCK_MONOTONIC."""
+        return list(self._pipeline.take_trace())
+
+
 def runs(bucket: Bucket, updated: Sequence[ParamSpec]) -> Iterable[tuple[int, int]]:
     """Half-open element ranges that cover `updated` and, besides them, only padding."""
     wanted = {spec.pid for spec in updated}
@@ -148,7 +248,7 @@ def _native_place(place: Place) -> int | tuple[int, int]:
     return place.home.extent, place.offset
 
 
-def state_buffer_bytes(home: BucketHome) -> int:
+def _state_buffer_bytes(home: BucketHome) -> int:
     """State buffer that one update of the bucket takes: its fp32 arrays on SSD, on whole pages."""
     nbytes = pages(home.bucket.numel * 4)
     names = ("master", "exp_avg", "exp_avg_sq")

@@ -4,6 +4,9 @@ Runtime     which pass is under way, which order of calls is legal
   inbound      weights and activations on their way to the GPU
   activations  activations on their way out, and where they are kept
   updates      gradients, the optimizer
+    gradients  the memory gradients wait in
+    norms      how large they are, whether they are finite
+    jobs       what the CPU does: updates, sums of several backwards
   buckets      weights and optimizer state at rest
   memory       accounted memory of the three tiers; staging
   device       streams, copies, events

@@ -19,91 +19,27 @@ updated from what earlier ones gave it, when step() is called.
 
 from __future__ import annotations
 
-import enum
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
-from lohan_fx import native
 from lohan_fx.errors import LohanError, TrainingLoopError, TransferError
 from lohan_fx.planner import Overlap
-from lohan_fx.program import Bucket, ParamSpec, Tier
+from lohan_fx.program import ParamSpec, Tier
 
 from .adam_gpu import Scale, Update, update_on_device
 from .buckets import BucketHome, BucketStore, OnGpu, OnSsd, dense
 from .device import Arrival, Device
 from .gradients import GradBuffer, GradBuffers, GradPlan, GradWindow
-from .jobs import Job, Updated, runs, state_buffer_bytes, sum_job, update_job
-from .memory import HostBytes, Pools
+from .jobs import Job, JobQueue, Updated, runs, sum_job, update_job
+from .memory import Pools
 from .norms import GradNorms, StepNorms, Wanted
 from .options import AdamGroup, HyperSource, Progress, RuntimeOptions
+from .records import Record, UpdateState
+from .sums import add_on_device, adds_of, sum_of
 from .waits import Waits
-
-
-class UpdateState(enum.Enum):
-    """Where one bucket's gradients and newest weights are.
-
-    IDLE: no gradients anywhere; the weights at rest are the newest.
-    GATHERING: gradients are arriving in a host buffer (or are kept on the GPU, with the state there);
-        the weights at rest are the newest. An accumulating backward ends in IDLE again: see
-        [Note: sums of several backwards].
-    WAITING: as GATHERING, but complete: step() decides what becomes of them.
-    UPDATING: the CPU is making new weights; those at rest must not be read.
-    UPLOADING: the new weights are being copied from the gradient buffer to their place on the GPU;
-        the compute stream must wait for the upload before it reads them.
-    """
-
-    IDLE = enum.auto()
-    GATHERING = enum.auto()
-    WAITING = enum.auto()
-    UPDATING = enum.auto()
-    UPLOADING = enum.auto()
-
-
-_NEXT: dict[UpdateState, tuple[UpdateState, ...]] = {
-    UpdateState.IDLE: (UpdateState.GATHERING,),
-    UpdateState.GATHERING: (UpdateState.WAITING, UpdateState.UPDATING, UpdateState.IDLE),
-    UpdateState.WAITING: (UpdateState.UPDATING, UpdateState.IDLE),
-    UpdateState.UPDATING: (UpdateState.UPLOADING, UpdateState.IDLE),
-    UpdateState.UPLOADING: (UpdateState.IDLE,),
-}
-
-
-@dataclass(slots=True)
-class _Record:
-    """One trainable bucket's way through a step."""
-
-    home: BucketHome
-    specs: dict[int, ParamSpec]
-    state: UpdateState = UpdateState.IDLE
-    left: set[int] = field(default_factory=set)  # gradients still to come in this backward
-    arrived: list[int] = field(default_factory=list)
-    unreleased: bool = False
-    into_sums: bool = False  # this backward's gradients go into the bucket's sums
-    last_copy: Arrival | None = None  # the copy out of the last gradient
-    fetched: Arrival | None = None  # this backward's copy in of the weights
-    buffer: GradBuffer | None = None  # filled, or waiting
-    grads: dict[int, torch.Tensor] = field(default_factory=dict)  # flat; GPU-updated buckets only
-    adding: Job | None = None  # puts gradients into the sums
-    job: Job | None = None  # UPDATING
-    upload: Arrival | None = None  # UPLOADING
-
-    @property
-    def bucket(self) -> Bucket:
-        return self.home.bucket
-
-    @property
-    def events(self) -> tuple[Arrival, ...]:
-        """After which the gradients are in the buffer, and the weights may be overwritten."""
-        return tuple(e for e in (self.last_copy, self.fetched) if e is not None)
-
-    def advance(self, to: UpdateState) -> None:
-        assert to in _NEXT[self.state], f"{self.bucket.name}: {self.state.name} to {to.name}"
-        self.state = to
 
 
 class Updates:
@@ -134,7 +70,7 @@ class Updates:
         self._store = store
         self._overlap = Overlap(options.overlap)
         self._records = {
-            index: _Record(home, {spec.pid: spec for spec in home.bucket.params})
+            index: Record(home, {spec.pid: spec for spec in home.bucket.params})
             for index, home in store.homes.items()
             if home.bucket.trainable
         }
@@ -148,16 +84,8 @@ class Updates:
         self._scale = Scale()
         self._changed = 0  # buckets updated in this backward
         self._added = False  # this backward has put a gradient into a sum
-        self._jobs: deque[Job] = deque()  # in order of submission, until they are done
-        self._owned: list[HostBytes] = []
-        self._pipeline = native.AdamPipeline(
-            options.num_adam_threads,
-            "naive" if self._overlap is Overlap.NAIVE else "optimized",
-            pools.engine,
-            timeout_s=options.deadline_s,
-            cuda_device=device.device.index or 0,
-        )
         by_cpu = [r.home for r in self._records.values() if r.home.updated_by_cpu]
+        self._jobs = JobQueue(pools, by_cpu, options, device.device.index or 0)
         self._buffers = GradBuffers(
             pools, by_cpu, None if self._overlap.waits_for_step else options.grad_buffers
         )
@@ -165,7 +93,6 @@ class Updates:
         if self._overlap.waits_for_step:
             pids = [spec.pid for r in self._records.values() for spec in r.bucket.params]
             self._norms = GradNorms(pools, device, pids)
-        self._give_state_buffers(by_cpu, options.state_buffers)
 
     # What the rest of the runtime asks
 
@@ -178,7 +105,7 @@ class Updates:
         record = self._records.get(bucket)
         if record is None or record.job is None:
             return True
-        if not self._weights_ready(record.job):
+        if not self._jobs.has_weights(record.job):
             return False
         self._progress_of(record.job)
         return True
@@ -207,11 +134,8 @@ class Updates:
 
     def drain(self) -> None:
         """Block until every update under way is complete, write-back and upload included."""
-        while self._jobs:
-            job = self._jobs[0]
-            with self._waits.counted("adam"):
-                self._wait_done(job)
-            self._progress_of(job)
+        for job in self._jobs:
+            self._finish(job, "adam")
         for index, record in self._records.items():
             if record.upload is not None:
                 name = f"the upload of {record.bucket.name}"
@@ -220,8 +144,10 @@ class Updates:
 
     def pump(self) -> None:
         """Upload what has been updated, free its buffers, report failures; never blocks."""
-        for job in list(self._jobs) if self._jobs else ():
-            if not self._weights_ready(job):
+        if not self._jobs:
+            return
+        for job in self._jobs:
+            if not self._jobs.has_weights(job):
                 return
             self._progress_of(job)
 
@@ -300,7 +226,7 @@ class Updates:
         record.arrived.append(pid)
         self._maybe_start(record)
 
-    def _gather(self, record: _Record) -> None:
+    def _gather(self, record: Record) -> None:
         """Get ready for gradients of a bucket, or for an update from its sums alone."""
         # An update that this step's forward did not read may still be under way.
         self.settle_on_device(record.bucket.index)
@@ -486,42 +412,27 @@ class Updates:
 
     def join(self) -> None:
         """End the optimizer's threads; what they had not begun is dropped."""
-        self._pipeline.close()
+        self._jobs.join()
 
     def close(self) -> None:
         """Join the optimizer's threads and give the buffers back; nothing else may be under way."""
-        self._pipeline.close()
+        self._jobs.close()
         self._window.clear()
-        self._jobs.clear()
         self._buffers.close()
-        for memory in self._owned:
-            self._pools.free_host(memory)
-        self._owned.clear()
         if self._norms is not None:
             self._norms.close()
             self._norms = None
 
     def stats(self) -> dict[str, float]:
-        return dict(self._pipeline.stats())
+        return self._jobs.stats()
 
     def take_trace(self) -> list[tuple[str, str, float, float]]:
         """(bucket, lane, start, end) of finished work, seconds of CLOCK_MONOTONIC."""
-        return list(self._pipeline.take_trace())
+        return self._jobs.take_trace()
 
     # Buffers
 
-    def _give_state_buffers(self, by_cpu: Sequence[BucketHome], count: int) -> None:
-        largest = max((state_buffer_bytes(home) for home in by_cpu), default=0)
-        if not largest:
-            return
-        buffers = []
-        for number in range(count):
-            memory = self._pools.host_bytes(largest, f"state buffer {number}", pinned=False)
-            self._owned.append(memory)
-            buffers.append((memory.address, memory.nbytes))
-        self._pipeline.set_state_buffers(buffers)
-
-    def _acquire(self, record: _Record) -> GradBuffer:
+    def _acquire(self, record: Record) -> GradBuffer:
         """A buffer nobody fills or works from; blocks for the oldest job if there is none.
 
         Raises:
@@ -545,7 +456,7 @@ class Updates:
             buffer = self._buffers.take(record.bucket.index)
         return buffer
 
-    def _give_buffer(self, holder: _Record | Job) -> None:
+    def _give_buffer(self, holder: Record | Job) -> None:
         buffer, holder.buffer = holder.buffer, None
         if buffer is not None:
             self._buffers.give(buffer)
@@ -586,7 +497,7 @@ class Updates:
             for pid in record.home.accumulated:
                 if pid not in self._measured:
                     spec = record.specs[pid]
-                    self._measure(spec, self._cut(record.home.sums(), spec), is_sum=True)
+                    self._measure(spec, sum_of(record.home, spec), is_sum=True)
                     self._measured.add(pid)
         measured = {}
         for record in sums:
@@ -601,23 +512,14 @@ class Updates:
 
     # Sums
 
-    @staticmethod
-    def _cut(sums_P: torch.Tensor, spec: ParamSpec) -> torch.Tensor:
-        return sums_P[spec.offset : spec.offset + spec.numel]
-
-    def _add_on_device(self, record: _Record, spec: ParamSpec, flat_N: torch.Tensor) -> None:
-        sum_N = self._cut(record.home.sums(), spec)
-        if spec.pid in record.home.accumulated:
-            sum_N.add_(flat_N)
-        else:
-            sum_N.copy_(flat_N)
-        record.home.accumulated[spec.pid] = None
+    def _add_on_device(self, record: Record, spec: ParamSpec, flat_N: torch.Tensor) -> None:
+        sum_N = add_on_device(record.home, spec, flat_N)
         self._added = True
         if not self._accumulating:
             self._measure(spec, sum_N, is_sum=True)
             self._measured.add(spec.pid)
 
-    def _submit_sums(self, record: _Record, arrived: Sequence[int]) -> None:
+    def _submit_sums(self, record: Record, arrived: Sequence[int]) -> None:
         """Let the CPU put gradients of `arrived` into the sums, and measure all of them."""
         home = record.home
         specs = tuple(
@@ -628,26 +530,20 @@ class Updates:
             magnitudes = torch.zeros(len(specs), 2, dtype=torch.float64)
         buffer = record.buffer if arrived else None
         events = record.events
-        adds = self._adds(home, specs, arrived)
+        adds = adds_of(home, specs, arrived)
         job = sum_job(home, specs, adds, buffer, events, magnitudes)
-        ticket = self._pipeline.submit(job)
+        record.adding = self._jobs.submit(
+            home,
+            job,
+            events=events,
+            mark=self._device.mark(),
+            buffer=buffer,
+            measured=specs,
+            magnitudes=magnitudes,
+        )
         for spec in specs:
             home.accumulated[spec.pid] = None
-        record.adding = Job(
-            home.bucket.index, ticket, (), events, self._device.mark(), buffer, specs, magnitudes
-        )
-        self._jobs.append(record.adding)
         self._added = self._added or bool(arrived)
-
-    @staticmethod
-    def _adds(
-        home: BucketHome, specs: Sequence[ParamSpec], arrived: Sequence[int]
-    ) -> tuple[str, ...]:
-        """What becomes of each sum; `arrived` have a gradient in the buffer."""
-        return tuple(
-            "keep" if s.pid not in arrived else "add" if s.pid in home.accumulated else "set"
-            for s in specs
-        )
 
     def _forget_sums(self) -> None:
         for record in self._records.values():
@@ -660,7 +556,7 @@ class Updates:
 
     # Updates
 
-    def _maybe_start(self, record: _Record) -> None:
+    def _maybe_start(self, record: Record) -> None:
         """See [Note: when an update may start]; sums may change while the weights are still read."""
         if record.left or record.state is not UpdateState.GATHERING:
             return
@@ -677,7 +573,7 @@ class Updates:
             self._changed += 1
             self._start(record)
 
-    def _start(self, record: _Record) -> None:
+    def _start(self, record: Record) -> None:
         """Update a bucket; parameters that no group holds keep their values."""
         if self.before_update is not None:
             self.before_update(record.bucket.index)
@@ -700,7 +596,7 @@ class Updates:
         home.accumulated.clear()
         record.advance(UpdateState.IDLE)
 
-    def _update_on_gpu(self, record: _Record, updated: Sequence[Updated]) -> None:
+    def _update_on_gpu(self, record: Record, updated: Sequence[Updated]) -> None:
         home = record.home
         arrays = {name: home.device_section(name) for name in ("master", "exp_avg", "exp_avg_sq")}
         weight_P = home.device_section("weight") if home.bucket.has_master else None
@@ -723,7 +619,7 @@ class Updates:
         update_on_device(updates, self._scale)
         self._drop_grads(record)
 
-    def _submit(self, record: _Record, updated: Sequence[Updated]) -> None:
+    def _submit(self, record: Record, updated: Sequence[Updated]) -> None:
         home, buffer, events = record.home, record.buffer, record.events
         assert buffer is not None
         specs = tuple(each.spec for each in updated)
@@ -731,19 +627,25 @@ class Updates:
         if record.into_sums:
             # In the modes that wait for step() the gradients have been added already.
             arrived = () if self._overlap.waits_for_step else record.arrived
-            adds = self._adds(home, specs, arrived)
+            adds = adds_of(home, specs, arrived)
         if home.bucket.has_master and isinstance(home.weight, OnSsd):
             self._complete_weights(record, buffer, specs, events)
-        ticket = self._pipeline.submit(update_job(home, updated, buffer, self._scale, events, adds))
+        mark = self._device.mark()
+        record.job = self._jobs.submit(
+            home,
+            update_job(home, updated, buffer, self._scale, events, adds),
+            events=events,
+            mark=mark,
+            buffer=buffer,
+            updated=specs,
+        )
         home.accumulated.clear()
         record.advance(UpdateState.UPDATING)
         record.buffer = None
-        record.job = Job(home.bucket.index, ticket, specs, events, self._device.mark(), buffer)
-        self._jobs.append(record.job)
 
     def _complete_weights(
         self,
-        record: _Record,
+        record: Record,
         buffer: GradBuffer,
         updated: Sequence[ParamSpec],
         events: Sequence[Arrival],
@@ -762,38 +664,25 @@ class Updates:
             to = buffer.memory.bytes[start : start + spec.numel * size]
             record.home.weight.read(start, to)
 
-    def _weights_ready(self, job: Job) -> bool:
-        """May the weights at rest be read? True also after a failure, which `_progress` raises."""
-        if self._pipeline.done(job.ticket):
-            return True
-        if self._home(job).weight_tier is Tier.SSD:
-            return False
-        return self._pipeline.weights_ready(job.ticket)
-
-    def _home(self, job: Job) -> BucketHome:
-        return self._records[job.bucket].home
-
     def _wait_weights(self, job: Job) -> None:
-        on_ssd = self._home(job).weight_tier is Tier.SSD
-        wait = self._pipeline.wait if on_ssd else self._pipeline.wait_weights
         try:
-            wait(job.ticket, self._waits.deadline_s)
+            self._jobs.wait_for_weights(job)
         except TransferError as error:
             self._fail(job, error)
             raise
 
     def _wait_done(self, job: Job) -> None:
         try:
-            self._pipeline.wait(job.ticket, self._waits.deadline_s)
+            self._jobs.wait(job)
         except TransferError as error:
             self._fail(job, error)
             raise
 
     def _fail(self, job: Job, error: TransferError) -> None:
         self._progress.torn = f"{error}; the weights are between two steps: load a checkpoint"
-        if not self._pipeline.done(job.ticket):
+        if not self._jobs.is_done(job):
             return  # a deadline: the job may still touch its memory
-        self._jobs.remove(job)
+        self._jobs.forget(job)
         self._give_buffer(job)
         record = self._records[job.bucket]
         if record.adding is job:
@@ -814,9 +703,9 @@ class Updates:
             TransferError: the job failed.
         """
         record = self._records[job.bucket]
-        if self._pipeline.done(job.ticket):
+        if self._jobs.is_done(job):
             self._wait_done(job)  # raises what went wrong
-            self._jobs.remove(job)
+            self._jobs.forget(job)
         if not job.updated:
             if record.adding is job:
                 record.adding = None
@@ -845,12 +734,12 @@ class Updates:
         buffer.busy = record.upload
         record.advance(UpdateState.UPLOADING)
 
-    def _drop_grads(self, record: _Record) -> None:
+    def _drop_grads(self, record: Record) -> None:
         for grad in record.grads.values():
             self._pools.gpu.give(grad.numel() * grad.element_size())
         record.grads.clear()
 
-    def _forget_gradients(self, record: _Record) -> None:
+    def _forget_gradients(self, record: Record) -> None:
         if record.state in (UpdateState.GATHERING, UpdateState.WAITING):
             self._drop_grads(record)
             # Copies out into it may be under way; later ones, and their readers, follow them.
