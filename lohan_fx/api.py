@@ -28,6 +28,7 @@ from .units import format_bytes
 
 OVERLAPS = ("auto", *(str(mode) for mode in Overlap))
 LOWERINGS = ("inductor", "aten")
+PROFILES = ("auto", "measured", "roofline")
 
 
 class CompiledModel(torch.nn.Module):
@@ -187,6 +188,7 @@ def compile(
     pin: Pins | None = None,
     hardware: machines.Hardware | str | os.PathLike[str] | None = None,
     lowering: str = "inductor",
+    profile: str = "auto",
     poison: bool = False,
     bucket_numel: int | None = None,
 ) -> Any:
@@ -214,6 +216,9 @@ def compile(
             None takes what was measured on this machine, else looks at it.
         lowering: "inductor", or "aten" for plain ATen kernels (slower; any two plans give bit-equal
             numbers).
+        profile: whose seconds plans count with: "measured" runs the heavy ops once on the device
+            (seconds, kept on disk), "roofline" takes them from the hardware's rates; "auto" measures
+            on CUDA.
         poison: fill memory that may no longer be read with NaN (a debugging aid; CPU device).
         bucket_numel: most parameters that move as one; None is right outside of tests.
 
@@ -236,6 +241,7 @@ def compile(
         poison,
         bucket_numel,
         pin=pin,
+        profile=profile,
     )
     _check_dtype(dtype)
     values = {} if weights is None else weights_for(model, weights)
@@ -383,8 +389,13 @@ def _settings(
     plan_only: bool = False,
     trace_only: bool = False,
     pin: Pins | None = None,
+    profile: str = "auto",
 ) -> Settings:
-    for name, value, allowed in (("overlap", overlap, OVERLAPS), ("lowering", lowering, LOWERINGS)):
+    for name, value, allowed in (
+        ("overlap", overlap, OVERLAPS),
+        ("lowering", lowering, LOWERINGS),
+        ("profile", profile, PROFILES),
+    ):
         if value not in allowed:
             raise LohanError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
     if isinstance(policy, str):
@@ -425,6 +436,7 @@ def _settings(
         plan=plan,
         plan_only=plan_only,
         trace_only=trace_only,
+        profile=profile,
         pin=dict(pin or {}),
         poison=poison,
         bucket_numel=bucket_numel,

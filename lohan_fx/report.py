@@ -54,7 +54,7 @@ def report_text(
             f"{predicted.backward_s:.3g}), limited by {predicted.bottleneck}; lanes busy, s: {lanes}"
         )
     if rates:
-        lines.append(f"rates of {plan.hardware}: {rates}")
+        lines.append(f"rates of {plan.hardware}: {rates}; seconds of ops: {plan.seconds_from}")
     if stats is not None:
         lines.append(
             "moved so far: "

@@ -34,6 +34,8 @@ from .compiler.dynamo import (
     refuse_autograd_modes,
 )
 from .compiler.formulate import formulate_training
+from .compiler.op_seconds import OpSeconds
+from .compiler.seconds import Seconds
 from .compiler.skeleton import Skeleton
 from .compiler.tensors import num_tokens, tensor_rows
 from .compiler.weave import Layout, Windows, Woven
@@ -94,6 +96,7 @@ class Settings:
     policy: Policy
     lowering: str
     plan: Plan | None = None
+    profile: str = "auto"  # see api.PROFILES
     plan_only: bool = False
     trace_only: bool = False  # no plan either: `Session.traced` is what is wanted
     pin: Pins = field(default_factory=dict)
@@ -388,15 +391,15 @@ class Session:
         if not self.buckets:
             self.buckets = self._make_buckets(traced)
         overlap = self._overlap()
+        seconds = self._seconds(traced)
         problem = formulate_training(
             traced.joint,
             traced.stages,
             traced.candidates,
             self.buckets,
-            hardware=settings.hardware,
+            seconds=seconds,
             capacities=settings.capacities,
             overlap=overlap,
-            fused=settings.lowering == "inductor",
             margin_bytes=self._margin_bytes(),
             accumulates=self._accumulates,
         )
@@ -414,7 +417,7 @@ class Session:
         solution = self._solve(problem, traced)
         captured = Captured(
             training=traced.training,
-            plan=self._plan(problem, solution, traced),
+            plan=self._plan(problem, solution, traced, seconds.source),
             solution=solution,
             placements=tuple(_placement(place) for place in solution.buckets),
             options=self._options(solution, overlap),
@@ -680,6 +683,20 @@ class Session:
                 f'overlap={chosen!r} does not allow; use overlap="next-forward" or "auto"'
             )
 
+    def _seconds(self, traced: Traced) -> Seconds:
+        """What nodes take: heavy ops as measured on the device, where the profile asks for it."""
+        settings = self.settings
+        measures = settings.profile == "measured" or (
+            settings.profile == "auto" and self.device.type == "cuda" and not settings.plan_only
+        )
+        measured: dict[torch.fx.Node, float] = {}
+        if measures:
+            # Once values are placed there is no room; what is known already is used still.
+            room = 0 if self._adopted else settings.capacities.gpu_bytes
+            with self.timed("measure ops"):
+                measured = OpSeconds(self.device, room_bytes=room).of(traced.joint.graph.nodes)
+        return Seconds(settings.hardware, fused=settings.lowering == "inductor", measured=measured)
+
     def _margin_bytes(self) -> int:
         if self.device.type != "cuda":
             return 0
@@ -788,7 +805,9 @@ class Session:
             poison=self.settings.poison,
         )
 
-    def _plan(self, problem: Problem, solution: Solution, traced: Traced) -> Plan:
+    def _plan(
+        self, problem: Problem, solution: Solution, traced: Traced, seconds_from: str
+    ) -> Plan:
         settings = self.settings
         policy = settings.policy if isinstance(settings.policy, str) else solution.policy
         return build_plan(
@@ -801,6 +820,7 @@ class Session:
             tensors=tensor_rows(self.buckets, traced),
             tokens_per_step=num_tokens(traced),
             traced_on=str(self.device.type),
+            seconds_from=seconds_from,
         )
 
 

@@ -1,26 +1,25 @@
 """From a joint graph to a planner Problem: buckets, stages with seconds and bytes, activations.
 
-Times come from a roofline, max(FLOPs / rate, bytes / bandwidth) per node, of the given hardware.
+Times come from `seconds.Seconds`.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 from torch.torch_version import TorchVersion
 
 from lohan_fx import program as program_types
-from lohan_fx.hardware import Hardware
 from lohan_fx.planner import Activation, Capacities, Overlap, Problem, Stage
 from lohan_fx.planner import Bucket as BucketItem
 from lohan_fx.planner.problem import PAGE, align_up
 
+from .fusion import is_extern, is_reduction, source_op
 from .partition import Candidate, Joint, backward_nodes, param_derived, recompute_closure
-from .stages import StageInfo, node_bytes, node_flops
+from .seconds import Seconds
+from .stages import StageInfo
 from .values import dtype_name, readers, storage_root, storage_span_bytes, tensor_of, views_of
 
 # AOTAutograd frees the gradients of the results before backward is through only from 2.13 on.
@@ -31,49 +30,30 @@ TANGENTS_STAY = torch.__version__ < TorchVersion("2.13")
 _FUSED_SLACK = 1.25
 
 
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """A roofline: how long nodes take on a GPU of the given rates."""
-
-    hardware: Hardware
-
-    def of(self, nodes: Iterable[fx.Node]) -> float:
-        total = 0.0
-        for node in nodes:
-            value = tensor_of(node)
-            dtype = dtype_name(value.dtype) if value is not None else "float32"
-            compute = node_flops(node) / self.hardware.gpu_flops_per_s(dtype)
-            traffic = 0.0
-            if _is_extern(node) or _is_lookup(node):
-                traffic = node_bytes(node) / self.hardware.gpu_mem_bytes_per_s
-            total += max(compute, traffic)
-        return total
-
-
 def formulate_training(
     joint: Joint,
     stages: Sequence[StageInfo],
     candidates: Sequence[Candidate],
     buckets: Sequence[program_types.Bucket],
     *,
-    hardware: Hardware,
+    seconds: Seconds,
     capacities: Capacities,
     overlap: Overlap,
-    fused: bool,
     margin_bytes: int,
     accumulates: bool = False,
 ) -> Problem:
     """The Problem of one training step.
 
     Args:
-        fused: regions are compiled by Inductor, so that chains of pointwise ops leave no temporaries.
+        seconds: what nodes take, on which hardware, and whether chains of pointwise ops are fused, so
+            that they leave no temporaries.
         margin_bytes: GPU bytes to leave to the allocator and to libraries' workspaces.
         accumulates: gradients of several backwards are added up before an update.
     """
     graph = joint.graph
     backward = backward_nodes(graph)
     derived = param_derived(joint)
-    seconds = Seconds(hardware)
+    fused = seconds.fused
     saved_roots = {node for candidate in candidates for node in candidate.nodes}
     forward_of, backward_of = _runs(joint, len(stages), backward, saved_roots, derived)
 
@@ -89,8 +69,8 @@ def formulate_training(
                 index=info.index,
                 name=info.name,
                 kind=info.kind,
-                forward_s=seconds.of(fw),
-                backward_s=seconds.of(bw),
+                forward_s=seconds.of(fw, ran_forward, saved_roots),
+                backward_s=seconds.of(bw, backward),
                 forward_workspace_bytes=workspace_bytes(fw, counted, ran_forward, fused=fused),
                 backward_workspace_bytes=held
                 + int(_FUSED_SLACK * workspace_bytes(bw, counted, backward, fused=fused)),
@@ -105,7 +85,7 @@ def formulate_training(
     )
     return Problem(
         capacities=capacities,
-        lanes=hardware.lanes(),
+        lanes=seconds.hardware.lanes(),
         stages=tuple(rows),
         buckets=_bucket_items(joint, buckets, backward),
         activations=tuple(activations),
@@ -175,6 +155,7 @@ def _activations(
     owner = {node: c.index for c in candidates for node in c.nodes}
     saved = set(owner)
     items = []
+    order = {node: position for position, node in enumerate(joint.graph.nodes)}
     closures = [recompute_closure(c, saved, derived) for c in candidates]
     # Where a value is read in backward: by backward nodes, and by forward nodes that run again.
     for candidate, (run, needs) in zip(candidates, closures, strict=True):
@@ -198,7 +179,9 @@ def _activations(
                 last_forward_stage=forward_last,
                 first_backward_stage=max(backward_reads | {own}),
                 last_backward_stage=min(backward_reads | {own}),
-                recompute_s=seconds.of(run) if candidate.can_recompute else 0.0,
+                recompute_s=seconds.of(sorted(run, key=order.__getitem__), kept=saved)
+                if candidate.can_recompute
+                else 0.0,
                 needs=tuple(sorted({owner[node] for node in needs}))
                 if candidate.can_recompute
                 else (),
@@ -240,43 +223,6 @@ def _boundary_bytes(joint: Joint, saved_roots: set[fx.Node]) -> tuple[int, int]:
         if "tangents" in str(node.target) and (value := tensor_of(node)) is not None
     )
     return returned, tangents
-
-
-# Ops that move memory by themselves. Of these, look-ups are fused with what reads or feeds them; the
-# inputs and outputs of the others, and of matrix products, exist in memory however well the rest is fused.
-_LOOKUPS = frozenset({"embedding", "index", "gather", "cat", "slice_scatter", "select_scatter"})
-_ALONE = (
-    "index_put",
-    "scatter",
-    "embedding_dense_backward",
-    "sort",
-    "cumsum",
-    "dropout",
-    "topk",
-    "nll_loss",
-    "batch_norm",
-    "pool",
-    "upsample",
-)
-
-
-def _is_lookup(node: fx.Node) -> bool:
-    return getattr(node.target, "_opname", "") in _LOOKUPS
-
-
-def _is_extern(node: fx.Node) -> bool:
-    name = getattr(node.target, "_opname", "")
-    return node_flops(node) > 0 or (not _is_lookup(node) and any(part in name for part in _ALONE))
-
-
-def _is_reduction(node: fx.Node) -> bool:
-    value = tensor_of(node)
-    if value is None:
-        return False
-    largest = max(
-        (t.numel() for a in node.all_input_nodes if (t := tensor_of(a)) is not None), default=0
-    )
-    return value.numel() * 4 <= largest and value.numel() > 0
 
 
 def _runs(
@@ -361,8 +307,8 @@ def workspace_bytes(
         inside = [user for user in uses if user in position]
         leaves = node in ran and any(user in ran and user not in position for user in uses)
         if fused and not leaves and inside:
-            made_alone = _is_extern(_source_op(node)) or _is_reduction(node)
-            if not made_alone and not any(_is_extern(user) for user in inside):
+            made_alone = is_extern(source_op(node)) or is_reduction(node)
+            if not made_alone and not any(is_extern(user) for user in inside):
                 continue
         last = (
             len(run) - 1 if leaves else max((position[u] for u in inside), default=position[node])
@@ -391,16 +337,8 @@ def _earliest(node: fx.Node, position: dict[fx.Node, int]) -> int:
         if current in seen or current not in position:
             continue
         seen.add(current)
-        if _is_extern(_source_op(current)) or _is_reduction(current):
+        if is_extern(source_op(current)) or is_reduction(current):
             latest = max(latest, position[current])
         else:
             stack += current.all_input_nodes
     return min(latest, position[node])
-
-
-def _source_op(node: fx.Node) -> fx.Node:
-    if node.target is operator.getitem:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return source
-    return node

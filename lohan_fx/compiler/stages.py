@@ -581,22 +581,30 @@ _WRAPPED = {"run_and_save_rng_state": 0, "run_with_rng_state": 1, "graphsafe_run
 
 def node_flops(node: fx.Node) -> int:
     """FLOPs of matmuls, convolutions and attention, as torch counts them; 0 for anything else."""
-    if node.op != "call_function":
+    formula = flop_formula(node)
+    if formula is None:
         return 0
     target, args, kwargs = node.target, node.args, dict(node.kwargs)
     wrapped = _WRAPPED.get(getattr(target, "__name__", ""))
     if wrapped is not None:
-        target, args = args[wrapped], args[wrapped + 1 :]  # type: ignore[assignment]
+        args = args[wrapped + 1 :]
         kwargs.pop("rng_state", None)
-    packet = getattr(target, "overloadpacket", target)
-    formula = _FORMULAS.get(packet)
-    if formula is None:
-        return 0
     out = node.meta.get("val")
-    if wrapped is not None and isinstance(out, tuple) and "save" in node.target.__name__:  # type: ignore[union-attr]
+    if wrapped is not None and isinstance(out, tuple) and "save" in target.__name__:  # type: ignore[union-attr]
         out = out[1]
     args, kwargs = map_arg((args, kwargs), lambda n: n.meta.get("val"))
     return int(formula(*args, **kwargs, out_val=out))
+
+
+def flop_formula(node: fx.Node) -> Formula | None:
+    """How to count the FLOPs of a matmul, convolution or attention; None for anything else."""
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    wrapped = _WRAPPED.get(getattr(target, "__name__", ""))
+    if wrapped is not None:
+        target = node.args[wrapped]
+    return _FORMULAS.get(getattr(target, "overloadpacket", target))
 
 
 # These read as many rows of their first argument as they return.

@@ -156,13 +156,12 @@ def _h100() -> Hardware:
             "measured on one H100 80GB HBM3 box with 16 Sapphire Rapids cores (torch 2.11, CUDA "
             "13.0): copies of large pinned buffers, one virtual disk with O_DIRECT in 8 MiB blocks, "
             "CPU Adam with 16 threads, which reads and writes 28 bytes a parameter and so shows the "
-            "DRAM rate; bf16 matmul is 779.6 TFLOP/s (8192 cube) for a fraction of a second, of "
-            "which 80 % is held in steps of training; GPU memory bandwidth is 85 % of the data "
-            "sheet's 3.35 TB/s; float32 matmul is 75 % of its 67 TFLOP/s"
+            "DRAM rate; bf16 matmul of an 8192 cube; GPU memory bandwidth is 85 % of the data sheet's "
+            "3.35 TB/s; float32 matmul is 75 % of its 67 TFLOP/s"
         ),
         gpu_name="NVIDIA H100 80GB HBM3",
         gpu_memory_bytes=int(79.18 * 2**30),
-        flops_per_s=_rates(0.8 * 779.6, 50.0),
+        flops_per_s=_rates(779.6, 50.0),
         gpu_mem_bytes_per_s=2850 * _GB,
         h2d_bytes_per_s=54.554 * _GB,
         d2h_bytes_per_s=55.022 * _GB,
@@ -215,7 +214,7 @@ def _a100() -> Hardware:
 
 def _h200() -> Hardware:
     # The H100's chip under the same power limit, so its matmul rates; 4800 GB/s on the data sheet.
-    made = server("h200", "NVIDIA H200", 141 * 10**9, 0.8 * 779.6, 50.0, 4080.0, 54.0)
+    made = server("h200", "NVIDIA H200", 141 * 10**9, 779.6, 50.0, 4080.0, 54.0)
     return dataclasses.replace(
         made,
         source=(

@@ -32,7 +32,7 @@ def matmul_flops_per_s(
         out = torch.empty(n, n, device=device, dtype=dtype)
         product = functools.partial(torch.mm, a, b, out=out)
         seconds = seconds_per_call(product, device, warm_s=0.0, measure_s=0.0)
-        if 2 * n > size or 8 * seconds > measure_s:
+        if 2 * n > size or 4 * seconds > measure_s:
             break
         n *= 2
     if seconds < measure_s:
