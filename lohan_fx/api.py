@@ -16,6 +16,7 @@ import torch
 from . import hardware as machines
 from .budget import Budget, Machine
 from .checkpoint.weights import weights_for
+from .compiler.capture import paused_collector
 from .errors import BudgetError, CaptureError, LohanError
 from .generation import Generates
 from .pins import Pins, check_pins
@@ -357,7 +358,7 @@ def _trace(
     session = Session(model, dtype, settings)
     model.train()
     try:
-        with torch.enable_grad():
+        with paused_collector(), torch.enable_grad():
             session.call(args, kwargs)
     except PlanReady:
         pass

@@ -1,12 +1,13 @@
 """Which activations may be saved for backward, and the split of a joint graph for a given choice.
 
-The min-cut partitioner of functorch is asked twice: once without hints, for the values that are worth
-saving when memory is plenty (what is cheap to recompute inside a fused kernel is not among them); and
-once with every forward node tagged, so that exactly the chosen values are saved.
+functorch's min cut says which values are worth saving when memory is plenty (what is cheap to recompute
+inside a fused kernel is not among them). The split then saves exactly the chosen ones: given those,
+there is nothing to optimise, and the graphs are extracted directly.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch import partitioners
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .values import is_dense, storage_root, storage_span_bytes, tensor_of, view_source, views_of
@@ -176,14 +179,85 @@ def recompute_closure(
 def split(joint: Joint, saved: Iterable[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward and backward graphs in which exactly `saved` (and inputs) go across.
 
-    `saved` are storage owners of the forward. What backward does not need of them is not saved.
+    `saved` are storage owners of the forward. What backward does not need of them is not saved. The
+    joint graph is used up.
     """
-    keep = set(saved)
-    backward = backward_nodes(joint.graph)
+    keep = {node.name for node in saved}
+    module = joint.module
+    module.graph.eliminate_dead_code()
+    module.graph = fx_graph_cse(module.graph)
+    graph = module.graph
+    backward = backward_nodes(graph)
+    if _must_be_tagged(graph, backward):
+        return _tagged_split(joint, keep, backward)
+    across = _read_across(joint, keep, backward)
+    options: dict[str, Any] = {"saved_sym_nodes": []}
+    if "saved_opaque_nodes" in inspect.signature(_EXTRACT).parameters:  # torch 2.12 and later
+        options["saved_opaque_nodes"] = []
+    forward_module, backward_module = _EXTRACT(
+        module, across, num_fwd_outputs=joint.num_forward_outputs, **options
+    )
+    # Puts what runs again right before its first reader.
+    backward_module = partitioners.reordering_to_mimic_autograd_engine(backward_module)
+    return (
+        partitioners.raise_getitems(forward_module),
+        partitioners.raise_getitems(backward_module),
+    )
+
+
+_EXTRACT = partitioners._extract_fwd_bwd_modules
+
+
+def _read_across(joint: Joint, keep: set[str], backward: set[fx.Node]) -> list[fx.Node]:
+    """Inputs and values of the forward that backward reads, in order; the rest of what it needs it
+    makes again from these."""
+    output = joint.graph.output_node()
+    results = output.args[0][joint.num_forward_outputs :]  # type: ignore[index,union-attr]
+    stack = [node for node in results if isinstance(node, fx.Node)]
+    reached: set[fx.Node] = set()
+    across: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in reached:
+            continue
+        reached.add(node)
+        if node in backward:
+            stack += node.all_input_nodes
+        elif node.op == "placeholder":
+            across.add(node)
+        elif node.name in keep or (is_random(node) and tensor_of(node) is not None):
+            across.add(node)
+        else:
+            stack += node.all_input_nodes
+    return [node for node in joint.graph.nodes if node in across]
+
+
+def _must_be_tagged(graph: fx.Graph, backward: set[fx.Node]) -> bool:
+    """True for graphs whose split has rules of its own: symbolic sizes, random state of the graph,
+    effects that must happen once, inputs written to in backward, or no backward at all."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta.get("val")
+            if not isinstance(value, torch.Tensor) or "seed" in str(node.target):
+                return True
+        elif node.op == "call_function":
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                return True
+            if node.target is torch.ops.aten.copy_.default and node in backward:
+                return True
+            if node.meta.get("partitioner_tag") == "must_be_in_backward":
+                return True
+    return not any(node.op == "call_function" for node in backward)
+
+
+def _tagged_split(
+    joint: Joint, keep: set[str], backward: set[fx.Node]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The split by functorch's partitioner, which is told of every forward node what to do."""
     for node in joint.graph.nodes:
         if node.op != "call_function" or node in backward:
             continue
-        must_save = node in keep or is_random(node)
+        must_save = node.name in keep or is_random(node)
         policy = CheckpointPolicy.MUST_SAVE if must_save else CheckpointPolicy.MUST_RECOMPUTE
         node.meta["recompute"] = policy
         node.meta["ac_graph_id"] = 0
@@ -191,35 +265,66 @@ def split(joint: Joint, saved: Iterable[fx.Node]) -> tuple[fx.GraphModule, fx.Gr
 
 
 def _min_cut(module: fx.GraphModule, joint: Joint) -> tuple[fx.GraphModule, fx.GraphModule]:
-    return min_cut_rematerialization_partition(  # type: ignore[no-any-return]
+    return partitioners.min_cut_rematerialization_partition(  # type: ignore[no-any-return]
         module, joint.inputs, num_fwd_outputs=joint.num_forward_outputs, **joint.options
     )
 
 
 def _default_saved(joint: Joint) -> list[str]:
     """Names of what the partitioner saves by itself (parameters' views excepted by a tag)."""
-    trial = _copy(joint.module)
+    trial = _make_graph_module(joint.module, _without_duplicates(joint.graph))
     derived = {node.name for node in param_derived(joint)}
     for node in trial.graph.nodes:
         if node.op == "call_function" and node.name in derived:
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta["ac_graph_id"] = 0
-    forward, _ = _min_cut(trial, joint)
-    outputs = forward.graph.output_node().args[0]
+    if any(partitioners.must_recompute(node) for node in trial.graph.nodes):
+        trial = partitioners.cleanup_recompute_tags(trial, is_default_partition=False)
+    partitioners.force_save_collectives(trial)
+    partitioners.force_save_effectful_ops(trial)
+    partitioners.force_save_bw_mutation_src(trial)
+    info = partitioners.classify_nodes(
+        trial,
+        joint.options.get("static_lifetime_input_indices") or [],
+        joint.num_forward_outputs,
+    )
+    if not info.required_bw_nodes:
+        forward, _ = _min_cut(trial, joint)
+        outputs = forward.graph.output_node().args[0][joint.num_forward_outputs :]  # type: ignore[index,union-attr]
+        return [node.name for node in outputs if isinstance(node, fx.Node)]
+    far = 10**9
+    for node in reversed(trial.graph.nodes):
+        if node.op == "output":
+            node.dist_from_bw = far
+        elif info.is_required_fw(node):
+            node.dist_from_bw = min([far, *(user.dist_from_bw + 1 for user in node.users)])
+        else:
+            node.dist_from_bw = 0
     return [
         node.name
-        for node in outputs[joint.num_forward_outputs :]  # type: ignore[index,union-attr]
-        if isinstance(node, fx.Node)
+        for node in partitioners.choose_saved_values_set(trial.graph, info, memory_budget=1)
     ]
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph in a module of its own, names and metadata included."""
-    graph = fx.Graph()
+def _without_duplicates(graph: fx.Graph) -> fx.Graph:
+    """A copy of the graph, without dead code and common subexpressions; names stay."""
+    if any(_is_dead(node) for node in graph.nodes):
+        graph = _copy(graph)
+        graph.eliminate_dead_code()
+    return fx_graph_cse(graph)
+
+
+def _is_dead(node: fx.Node) -> bool:
+    return node.op == "call_function" and not node.users and not node.is_impure()
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    """The same graph anew, names and metadata included."""
+    new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(module, graph)
+    for node in graph.nodes:
+        copies[node] = new.node_copy(node, copies.__getitem__)
+    return new
 
 
 def _needed_by_backward(
