@@ -24,7 +24,9 @@ _PUBLIC = {
     "PlanMismatch": "errors",
     "TrainingLoopError": "errors",
     "TransferError": "errors",
+    "Explanation": "explanation",
     "compile": "api",
+    "explain": "explanation",
     "load": "checkpoint",
     "make_plan": "api",
     "save": "checkpoint",
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
         TrainingLoopError,
         TransferError,
     )
+    from .explanation import Explanation, explain
     from .optim import Adam, AdamW
     from .plan import Plan
     from .scaling import GradScaler

@@ -7,7 +7,6 @@ tensor in here, and nothing of the model is kept.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,20 +19,9 @@ from lohan_fx.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class WorkspaceTensor:
-    """A temporary that is live when a stage's pass needs most memory."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class TracedStep:
     """A captured step: the planner's problem, and the tensors it is made of.
 
-    `workspaces` maps (stage, "forward" or "backward") to its largest temporaries, largest first.
     `tokens_per_step` is None where the model reads no tokens.
     """
 
@@ -42,9 +30,6 @@ class TracedStep:
     problem: Problem
     tensors: tuple[TensorRow, ...]
     tokens_per_step: int | None
-    workspaces: Mapping[tuple[int, str], Sequence[WorkspaceTensor]] = dataclasses.field(
-        default_factory=dict
-    )
 
     @property
     def num_params(self) -> int:
@@ -109,4 +94,4 @@ class TracedStep:
         return ", ".join(f"{tier}={format_bytes(size)}" for tier, size in tiers)
 
 
-__all__ = ["TracedStep", "WorkspaceTensor"]
+__all__ = ["TracedStep"]

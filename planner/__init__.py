@@ -6,6 +6,7 @@ solution  the answer
 cost      bytes in every tier, lane traffic, and the estimate of the step that solvers search with
 simulate  a step replayed moment by moment; where predictions come from
 least     where a search begins; the least each tier must hold
+occupancy what lies in a tier at one moment
 moves     moves of groups of identical items
 greedy    a fast solver
 lots      groups as a linear program sees them
@@ -32,8 +33,9 @@ from lohan_fx.planner.cost import (
     estimate,
 )
 from lohan_fx.planner.greedy import greedy
-from lohan_fx.planner.least import least_bytes
+from lohan_fx.planner.least import least_bytes, start_with_least_dram
 from lohan_fx.planner.lohan import lohan
+from lohan_fx.planner.occupancy import Occupant, dram_occupants, gpu_occupants
 from lohan_fx.planner.optimal import best_of
 from lohan_fx.planner.policies import default_overlap
 from lohan_fx.planner.problem import (
@@ -109,6 +111,7 @@ __all__ = [
     "Lanes",
     "Ledger",
     "NothingFits",
+    "Occupant",
     "Optimality",
     "Overlap",
     "Place",
@@ -127,11 +130,14 @@ __all__ = [
     "bucket_places",
     "check_policy",
     "default_overlap",
+    "dram_occupants",
     "estimate",
+    "gpu_occupants",
     "greedy",
     "least_bytes",
     "predict",
     "simulate",
     "solve",
+    "start_with_least_dram",
     "validate",
 ]

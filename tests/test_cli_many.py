@@ -336,4 +336,6 @@ def test_overlap_in_a_sweep_is_the_optimizers(
 ) -> None:
     _, raw = printed(["--sweep", "overlap=serial,backward"], capsys)
     assert [row["overlap"] for row in raw["rows"]] == [Overlap.SERIAL, Overlap.BACKWARD]
-    assert raw["rows"][1]["step_s"] <= raw["rows"][0]["step_s"]
+    for row in raw["rows"]:
+        step = small_step().with_overlap(Overlap(row["overlap"]))
+        assert row["step_s"] == step.solve().predicted.step_s

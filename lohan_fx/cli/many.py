@@ -7,13 +7,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lohan_fx import planner
 from lohan_fx.cli.progress import progress
 from lohan_fx.cli.tables import Table
 from lohan_fx.errors import InfeasiblePlan, LohanError
 from lohan_fx.hardware import Hardware
 from lohan_fx.pins import Pins
-from lohan_fx.planner import SOLVERS, NothingFits, Overlap, Prediction, check_policy
+from lohan_fx.planner import (
+    SOLVERS,
+    NothingFits,
+    Overlap,
+    Prediction,
+    check_policy,
+    default_overlap,
+)
 from lohan_fx.step import TracedStep
 from lohan_fx.units import format_bytes, parse_bytes
 
@@ -124,18 +130,12 @@ def compare(step: TracedStep, overlap: str, pins: Pins | None) -> list[Row]:
     rows = []
     with progress("planning", len(SOLVERS)) as advance:
         for policy in SOLVERS:
-            mode = Overlap(overlap) if overlap != "auto" else _own_overlap(policy)
+            mode = Overlap(overlap) if overlap != "auto" else default_overlap(policy)
             asked = step if mode is None else step.with_overlap(mode)
             labels = {"policy": policy, "optimizer": str(asked.problem.overlap)}
             rows.append(planned_row(asked, labels, policy, pins))
             advance(policy)
     return rows
-
-
-def _own_overlap(policy: str) -> Overlap | None:
-    """When the system behind a policy runs its optimizer; None where it does not matter to it."""
-    known: Callable[[str], Overlap | None] | None = getattr(planner, "default_overlap", None)
-    return None if known is None else known(policy)
 
 
 # ---- sweeps ----

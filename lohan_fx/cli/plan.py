@@ -160,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the largest preset of the model's family that fits; --model may be the family",
     )
+    ask.add_argument(
+        "--explain",
+        action="store_true",
+        help="what limits the step and what more would save; or why it does not fit, and what would",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the plan as JSON")
     return parser
@@ -202,6 +207,8 @@ def _run(args: argparse.Namespace) -> int:
         return question.show_rows(title, many.compare(step, args.overlap, pins))
     if args.max_model:
         return _max_model(question)
+    if args.explain:
+        return _explain(question)
     return _one_plan(question)
 
 
@@ -233,6 +240,21 @@ def _one_plan(question: _Question) -> int:
     if not plan.fits:
         raise InfeasiblePlan(" ".join(plan.reasons))
     return FITS
+
+
+def _explain(question: _Question) -> int:
+    from lohan_fx.explanation import explain_step
+
+    args = question.args
+    step = question.trace(args.batch, args.seq)
+    found = explain_step(
+        step,
+        policy=args.policy,
+        batch=args.batch,
+        retrace=lambda batch: question.trace(batch, args.seq),
+    )
+    print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+    return FITS if found.fits else DOES_NOT_FIT
 
 
 def _max_model(question: _Question) -> int:
@@ -352,7 +374,7 @@ def _pins(given: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _check_dump(args: argparse.Namespace) -> None:
-    if args.compare or args.sweep or args.max_model:
+    if args.compare or args.sweep or args.max_model or args.explain:
         raise LohanError("--dump writes one plan; print several as JSON with --json")
     if not args.dump.parent.is_dir():
         raise LohanError(f"--dump {args.dump}: there is no directory {args.dump.parent}")

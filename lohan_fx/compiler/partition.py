@@ -89,6 +89,10 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in tags
 
 
+def _is_random_tensor(node: fx.Node) -> bool:
+    return is_random(node) and tensor_of(node) is not None
+
+
 def find_candidates(joint: Joint) -> list[Candidate]:
     """Everything worth saving, in forward order.
 
@@ -211,9 +215,7 @@ _EXTRACT = partitioners._extract_fwd_bwd_modules
 def _read_across(joint: Joint, keep: set[str], backward: set[fx.Node]) -> list[fx.Node]:
     """Inputs and values of the forward that backward reads, in order; the rest of what it needs it
     makes again from these."""
-    output = joint.graph.output_node()
-    results = output.args[0][joint.num_forward_outputs :]  # type: ignore[index,union-attr]
-    stack = [node for node in results if isinstance(node, fx.Node)]
+    stack = _results(joint.graph, joint.num_forward_outputs)
     reached: set[fx.Node] = set()
     across: set[fx.Node] = set()
     while stack:
@@ -223,13 +225,22 @@ def _read_across(joint: Joint, keep: set[str], backward: set[fx.Node]) -> list[f
         reached.add(node)
         if node in backward:
             stack += node.all_input_nodes
-        elif node.op == "placeholder":
-            across.add(node)
-        elif node.name in keep or (is_random(node) and tensor_of(node) is not None):
+        elif (
+            node.op == "placeholder"
+            or node.name in keep
+            or (is_random(node) and tensor_of(node) is not None)
+        ):
             across.add(node)
         else:
             stack += node.all_input_nodes
     return [node for node in joint.graph.nodes if node in across]
+
+
+def _results(graph: fx.Graph, start: int) -> list[fx.Node]:
+    """The graph's outputs from `start` on; those that are no node left out."""
+    outputs = graph.output_node().args[0]
+    assert isinstance(outputs, tuple | list)
+    return [node for node in outputs[start:] if isinstance(node, fx.Node)]
 
 
 def _must_be_tagged(graph: fx.Graph, backward: set[fx.Node]) -> bool:
@@ -290,8 +301,7 @@ def _default_saved(joint: Joint) -> list[str]:
     )
     if not info.required_bw_nodes:
         forward, _ = _min_cut(trial, joint)
-        outputs = forward.graph.output_node().args[0][joint.num_forward_outputs :]  # type: ignore[index,union-attr]
-        return [node.name for node in outputs if isinstance(node, fx.Node)]
+        return [node.name for node in _results(forward.graph, joint.num_forward_outputs)]
     far = 10**9
     for node in reversed(trial.graph.nodes):
         if node.op == "output":
@@ -311,7 +321,7 @@ def _without_duplicates(graph: fx.Graph) -> fx.Graph:
     if any(_is_dead(node) for node in graph.nodes):
         graph = _copy(graph)
         graph.eliminate_dead_code()
-    return fx_graph_cse(graph)
+    return fx_graph_cse(graph)  # type: ignore[no-any-return]
 
 
 def _is_dead(node: fx.Node) -> bool:
