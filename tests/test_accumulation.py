@@ -227,6 +227,24 @@ def test_accumulators_appear_where_training_began_without_and_move_along(tmp_pat
     ours.close()
 
 
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_the_last_backward_updates_as_it_would_alone(overlap: str, tmp_path: Path) -> None:
+    """Accumulating backwards update nothing; the last one does, in the mode that overlaps with it."""
+    model = compiled(Tiny(), tmp_path, overlap=overlap)
+    optimizer = lohan_fx.AdamW(model.parameters())
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    with model.no_sync():
+        model(**tokens(0)).backward()
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+    model(**tokens(1)).backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.step()
+    after = model.state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert len(changed) == (0 if overlap == "backward" else len(before))
+    model.close()
+
+
 # ---- What goes wrong ----
 
 

@@ -122,10 +122,14 @@ def _update_fused(batch: list[Update], scale: Scale) -> None:
         (), float(batch[0].step), dtype=torch.float32, device=batch[0].master.device
     )
     grads = [piece.grad.float() for piece in batch]
+    ours = batch[0].grad.dtype != torch.float32  # else they are the caller's tensors
     for factor in (scale.unscale, scale.clip):
-        if factor != 1.0:
-            # Not in place: a float32 gradient is still the caller's tensor.
-            grads = list(torch._foreach_mul(grads, factor))
+        if factor == 1.0:
+            continue
+        if ours:
+            torch._foreach_mul_(grads, factor)
+        else:
+            grads, ours = list(torch._foreach_mul(grads, factor)), True
     masters = [piece.master for piece in batch]
     fused = torch._fused_adamw_ if group.decoupled else torch._fused_adam_
     fused(
