@@ -321,7 +321,7 @@ def second(function):
 
 def save(where, moment):
     if moment == "writing":
-        shards.ShardWriter.append = second(shards.ShardWriter.append)
+        shards.ShardWriter.write = second(shards.ShardWriter.write)
     elif moment == "complete, not in place":
         directory.Staging.publish = stop
     elif moment == "between two renames":
@@ -578,3 +578,78 @@ def test_state_is_encoded_exactly() -> None:
     tensor, expected = again.pop("tensor"), value.pop("tensor")
     assert again == value and isinstance(again["milestones"], Counter)
     assert torch.equal(tensor.view(torch.int16), expected.view(torch.int16))  # type: ignore[attr-defined]
+
+
+def test_a_read_error_leaves_the_previous_checkpoint_and_training_goes_on(
+    trained: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lohan_fx.runtime.buckets import OnSsd
+
+    def broken(self: OnSsd, ticket: int) -> None:
+        raise lohan_fx.TransferError("reading fails", errno=errno.EIO)
+
+    model, optimizer = trained
+    path = tmp_path / "ckpt"
+    lohan_fx.save(model, optimizer, path, extra="old")
+    with monkeypatch.context() as patch:
+        patch.setattr(OnSsd, "_wait", broken)
+        with pytest.raises(lohan_fx.TransferError, match="reading fails"):
+            lohan_fx.save(model, optimizer, path)
+    rest = train(model, optimizer, BATCHES[2:3])
+    info = lohan_fx.load(model, optimizer, path)
+    assert info.extra == "old" and info.step == 2
+    assert [p.name for p in tmp_path.glob("ckpt*")] == ["ckpt"]
+    assert train(model, optimizer, BATCHES[2:3]) == rest
+
+
+def test_a_load_that_breaks_off_must_be_repeated(
+    trained: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lohan_fx.checkpoint.shards import StoredTensor
+
+    def broken(self: StoredTensor, start: int, stop: int) -> torch.Tensor:
+        raise lohan_fx.TransferError("reading fails", errno=errno.EIO)
+
+    model, optimizer = trained
+    lohan_fx.save(model, optimizer, tmp_path / "ckpt")
+    expected = train(model, optimizer, BATCHES[2:3])
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredTensor, "piece", broken)
+        with pytest.raises(lohan_fx.TransferError, match="reading fails"):
+            lohan_fx.load(model, optimizer, tmp_path / "ckpt")
+    with pytest.raises(TrainingLoopError, match="stopped in the middle"):
+        model(**BATCHES[2])
+    with pytest.raises(TrainingLoopError, match="stopped in the middle"):
+        lohan_fx.save(model, optimizer, tmp_path / "other")
+    lohan_fx.load(model, optimizer, tmp_path / "ckpt")
+    assert train(model, optimizer, BATCHES[2:3]) == expected
+
+
+def test_loss_scaling_resumes_with_its_scale(tmp_path: Path) -> None:
+    def start() -> tuple[Any, Any, Any]:
+        scaler = lohan_fx.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
+        model = compiled(Tiny(), tmp_path, dtype=torch.float16)
+        return model, adamw(model), scaler
+
+    def scaled(model: Any, optimizer: Any, scaler: Any, batches: Any) -> list[float]:
+        losses = []
+        for batch in batches:
+            loss = loss_of(model(**batch))
+            scaler.scale(loss.float()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+        return losses
+
+    model, optimizer, scaler = start()
+    scaled(model, optimizer, scaler, BATCHES * 5)
+    assert 0 < optimizer.skipped_steps < 30
+    lohan_fx.save(model, optimizer, tmp_path / "ckpt", scaler=scaler)
+    scale, made = scaler.get_scale(), model._lohan.step_count
+    rest = scaled(model, optimizer, scaler, BATCHES[:3])
+    model.close()
+    model, optimizer, scaler = start()
+    info = lohan_fx.load(model, optimizer, tmp_path / "ckpt", scaler=scaler)
+    assert info.step == made < 30 and scaler.get_scale() == scale != 2.0**40
+    assert scaled(model, optimizer, scaler, BATCHES[:3]) == rest
+    model.close()

@@ -25,14 +25,14 @@ class Brake:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.pieces = threading.Semaphore(0)
         self.free = False
-        append = ShardWriter.append
+        write = ShardWriter.write
 
-        def slow(writer: ShardWriter, name: str, data: memoryview) -> None:
+        def slow(writer: ShardWriter, name: str, index: int, data: memoryview) -> None:
             if not self.free:
                 self.pieces.acquire()
-            append(writer, name, data)
+            write(writer, name, index, data)
 
-        patch.setattr(ShardWriter, "append", slow)
+        patch.setattr(ShardWriter, "write", slow)
 
     def let_go(self) -> None:
         self.free = True
@@ -153,10 +153,10 @@ def test_a_failure_in_the_background_is_raised_or_warned_of(
     lohan_fx.save(model, optimizer, tmp_path / "ckpt", extra="old")
     with monkeypatch.context() as patch:
 
-        def full(writer: ShardWriter, name: str, data: memoryview) -> None:
+        def full(writer: ShardWriter, name: str, index: int, data: memoryview) -> None:
             raise lohan_fx.TransferError("no space left", errno=28)
 
-        patch.setattr(ShardWriter, "append", full)
+        patch.setattr(ShardWriter, "write", full)
         saving = lohan_fx.save(model, optimizer, tmp_path / "ckpt", asynchronous=True)
         train(model, optimizer, BATCHES[1:2])
         with pytest.raises(lohan_fx.TransferError, match="no space left"):

@@ -51,7 +51,7 @@ with torch.device("meta"):
 specs = [TensorSpec(n, torch.float32, tuple(p.shape)) for n, p in model.named_parameters()]
 writer = ShardWriter(folder / "model.safetensors", specs)
 for spec in specs:
-    writer.append(spec.name, torch.randn(spec.numel).view(torch.uint8).numpy().data)
+    writer.write(spec.name, 0, torch.randn(spec.numel).view(torch.uint8).numpy().data)
 writer.finish()
 
 budget = f"gpu=150MB, dram=150MB, ssd={folder}:3GB"

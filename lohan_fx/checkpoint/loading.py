@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
@@ -20,11 +20,13 @@ from .directory import real_path, recover
 from .inventory import MOMENTS, Names, names_of
 from .manifest import MANIFEST, Manifest, Shard
 from .saving import Stateful, check_optimizer, group_names, session_of
-from .shards import ShardFile, StoredTensor
+from .shards import PIECE_BYTES, ShardFile, StoredTensor
 
 if TYPE_CHECKING:
     from lohan_fx.optim import Adam
     from lohan_fx.session import Session
+
+_VERIFY_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,25 +215,33 @@ def _some(names: list[str]) -> str:
 
 
 def _verify(files: Mapping[str, ShardFile], shards: Mapping[str, Shard]) -> None:
-    """Compare all checksums, a few files at a time."""
+    """Compare all checksums, of a few tensors at a time."""
 
-    def check(name: str, progress: Callable[[int], None]) -> None:
-        file = files[name]
-        for tensor, expected in shards[name].crcs.items():
-            crc = 0
-            for piece in file.pieces(tensor):
-                crc = zlib.crc32(piece, crc)
-                progress(len(piece))
-            if crc != expected:
+    def check(file: ShardFile, name: str, expected: Sequence[int]) -> None:
+        for index, piece in enumerate(file.pieces(name)):
+            if zlib.crc32(piece) != expected[index]:
                 raise LohanError(
-                    f"{file.path} is damaged: the checksum of {tensor} is {crc:08x}, {expected:08x} was "
-                    "written; use another checkpoint"
+                    f"{file.path} is damaged: the checksum of {name} is wrong (from byte "
+                    f"{index * PIECE_BYTES:,} of it); use another checkpoint"
                 )
+            progress(len(piece))
 
     total = sum(shard.nbytes for shard in shards.values())
-    with progress_bar("Checking", total) as progress, ThreadPoolExecutor(4) as threads:
-        for result in [threads.submit(check, name, progress) for name in files]:
-            result.result()
+    with (
+        progress_bar("Checking", total) as progress,
+        ThreadPoolExecutor(_VERIFY_THREADS) as threads,
+    ):
+        results = [
+            threads.submit(check, files[file], name, expected)
+            for file, shard in shards.items()
+            for name, expected in shard.crcs.items()
+        ]
+        try:
+            for result in results:
+                result.result()
+        finally:
+            for result in results:
+                result.cancel()
 
 
 def _values(

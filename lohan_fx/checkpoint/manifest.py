@@ -24,11 +24,11 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its size, and CRC-32 checksums of its header and of each tensor's bytes."""
+    """One safetensors file: its size, and CRC-32 checksums of its header and of each tensor's pieces."""
 
     nbytes: int
     header_crc: int
-    crcs: Mapping[str, int]
+    crcs: Mapping[str, Sequence[int]]  # of every PIECE_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

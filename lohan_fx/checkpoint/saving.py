@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from lohan_fx.optim import Adam
     from lohan_fx.session import Session
 
-_PIECES = 4  # in memory at a time
+_PIECES = 6  # in memory at a time
+_WRITERS = 3  # threads that compute checksums and write
 
 # Copies of values that are overwritten before they are saved, at most.
 COPY_BYTES = 256 << 20
@@ -400,15 +401,13 @@ def _stream(
     writer_of = {name: writer for writer in writers.values() for name in writer.crcs}
     pending: deque[Future[None]] = deque()
     ring = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(_PIECES)]
-    count = 0
-    with ThreadPoolExecutor(1, thread_name_prefix="lohan-save") as threads:
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="lohan-save") as threads:
         try:
             for item in order:
-                for data in _pieces(item, read, ring):
+                for index, data in enumerate(_pieces(item, read, ring)):
                     writer = writer_of[item.spec.name]
                     view = data.numpy().data
-                    pending.append(threads.submit(writer.append, item.spec.name, view))
-                    count += 1
+                    pending.append(threads.submit(writer.write, item.spec.name, index, view))
                     progress(data.numel())
                     if len(pending) == _PIECES - 1:
                         pending.popleft().result()

@@ -42,7 +42,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _MOST_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
-# Bytes that reading and writing hold in memory at a time.
+# What is read, written and has a checksum at a time; part of the format.
 PIECE_BYTES = 16 << 20
 
 
@@ -61,6 +61,10 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def num_pieces(self) -> int:
+        return -(-self.nbytes // PIECE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def _layout(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, Entry]]:
 
 
 class ShardWriter:
-    """One file being written. Pieces of different tensors may come in any order, those of one not.
+    """One file being written, PIECE_BYTES of a tensor at a time, in any order and from any thread.
 
     Raises:
         TransferError: the file cannot be written; has path and errno.
@@ -129,8 +133,7 @@ class ShardWriter:
         header, self._entries = _layout(specs)
         self.header_crc = zlib.crc32(header)
         self.nbytes = len(header) + sum(spec.nbytes for spec in specs)
-        self.crcs = {spec.name: 0 for spec in specs}
-        self._done = {spec.name: 0 for spec in specs}
+        self.crcs = {spec.name: [-1] * spec.num_pieces for spec in specs}
         self._unsynced = 0
         self._fd = -1
         with file_errors("written", path):
@@ -142,18 +145,17 @@ class ShardWriter:
         """Bytes of a file with these tensors."""
         return len(_layout(specs)[0]) + sum(spec.nbytes for spec in specs)
 
-    def append(self, name: str, data: memoryview) -> None:
-        """The next bytes of a tensor."""
+    def write(self, name: str, index: int, data: memoryview) -> None:
+        """One piece of a tensor; all but its last have PIECE_BYTES."""
         entry = self._entries[name]
         with file_errors("written", self.path):
-            self._put(data, entry.start + self._done[name])
-        self.crcs[name] = zlib.crc32(data, self.crcs[name])
-        self._done[name] += len(data)
+            self._put(data, entry.start + index * PIECE_BYTES)
+        self.crcs[name][index] = zlib.crc32(data)
 
     def finish(self) -> None:
         """All is there, and on the disk."""
-        short = [n for n, e in self._entries.items() if self._done[n] != e.spec.nbytes]
-        assert not short, short
+        missing = [name for name, crcs in self.crcs.items() if -1 in crcs]
+        assert not missing, missing
         with file_errors("written", self.path):
             os.fsync(self._fd)
             self.close()
@@ -171,9 +173,9 @@ class ShardWriter:
             self._unsynced += written
         if self._unsynced > 16 * PIECE_BYTES:
             # What lies in the page cache counts against a container's memory.
+            self._unsynced = 0
             os.fdatasync(self._fd)
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            self._unsynced = 0
 
 
 class file_errors:
