@@ -21,11 +21,11 @@ from .errors import BudgetError, CaptureError, LohanError
 from .generation import Generates
 from .pins import Pins, check_pins
 from .plan import Plan
-from .planner import Capacities, Overlap, check_policy
+from .planner import DEFAULT_POLICY, Capacities, Overlap, check_policy
 from .report import report_text
 from .session import Captured, PlanReady, Policy, Session, Settings
 from .step import TracedStep
-from .units import format_bytes
+from .units import format_bytes, parse_bytes
 
 OVERLAPS = ("auto", *(str(mode) for mode in Overlap))
 LOWERINGS = ("inductor", "aten")
@@ -183,10 +183,11 @@ def compile(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     overlap: str = "auto",
-    policy: Policy = "greedy",
+    policy: Policy = DEFAULT_POLICY,
     weights: str | os.PathLike[str] | None = None,
     plan: Plan | str | os.PathLike[str] | None = None,
     pin: Pins | None = None,
+    max_writes_per_day: int | str | None = None,
     hardware: machines.Hardware | str | os.PathLike[str] | None = None,
     lowering: str = "inductor",
     profile: str = "auto",
@@ -207,12 +208,16 @@ def compile(
         device: where to compute; None is CUDA where there is one, else the CPU, on which the GPU
             tier is accounted memory.
         overlap: when updates run: "auto", "backward", "next-forward", "serial" or "naive".
-        policy: who plans: "greedy", or a callable (Problem, Forced) -> Solution.
+        policy: who plans: "optimal" (no other policy's plan is faster), another of
+            `lohan_fx.planner.SOLVERS`, or a callable (Problem, Forced) -> Solution. Policies named
+            after a system also settle what overlap="auto" is where that system has but one way.
         weights: a safetensors file, or a directory as Hugging Face lays it out (or as `save` writes
             it), to take all values from. The model may then be on the meta device and larger than
             DRAM: values stream from the files into their tiers when the model is first called.
         plan: replay this plan (an object or a JSON file) instead of solving.
         pin: places to insist on, by name: {"model.layers.0.*": "ssd"}; see `lohan_fx.pins`.
+        max_writes_per_day: bytes, or a string such as "2TB", that steps at the predicted pace may
+            write to SSD in a day; None is no bound.
         hardware: rates to plan with, a preset's name, or the JSON file of `python -m lohan_fx.probe`;
             None takes what was measured on this machine, else looks at it.
         lowering: "inductor", or "aten" for plain ATen kernels (slower; any two plans give bit-equal
@@ -243,6 +248,7 @@ def compile(
         bucket_numel,
         pin=pin,
         profile=profile,
+        max_writes_per_day=max_writes_per_day,
     )
     _check_dtype(dtype)
     values = {} if weights is None else weights_for(model, weights)
@@ -264,9 +270,10 @@ def make_plan(
     *,
     hardware: machines.Hardware | str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
-    policy: Policy = "greedy",
+    policy: Policy = DEFAULT_POLICY,
     overlap: str = "auto",
     pin: Pins | None = None,
+    max_writes_per_day: int | str | None = None,
     lowering: str = "inductor",
 ) -> Plan:
     """The plan for one training step, without running it. `model` cannot be used afterwards.
@@ -296,6 +303,7 @@ def make_plan(
         None,
         plan_only=True,
         pin=pin,
+        max_writes_per_day=max_writes_per_day,
     )
     session = _trace(model, example_inputs, dtype, settings)
     if not session.captured:
@@ -311,11 +319,14 @@ def trace_step(
     hardware: machines.Hardware | str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
     overlap: str = "auto",
+    policy: str = DEFAULT_POLICY,
+    max_writes_per_day: int | str | None = None,
     lowering: str = "inductor",
 ) -> TracedStep:
     """One training step, traced once to be planned many times. `model` cannot be used afterwards.
 
     As `make_plan`, without deciding anything: the step plans itself for any policy, budget and pins.
+    `policy` says what overlap="auto" is.
 
     Raises:
         CaptureError: the step cannot be captured as one graph.
@@ -326,7 +337,7 @@ def trace_step(
         budget,
         "cpu",
         overlap,
-        "greedy",
+        policy,
         None,
         hardware,
         lowering,
@@ -334,6 +345,7 @@ def trace_step(
         None,
         plan_only=True,
         trace_only=True,
+        max_writes_per_day=max_writes_per_day,
     )
     session = _trace(model, example_inputs, dtype, settings)
     if session.traced is None:
@@ -391,6 +403,7 @@ def _settings(
     trace_only: bool = False,
     pin: Pins | None = None,
     profile: str = "auto",
+    max_writes_per_day: int | str | None = None,
 ) -> Settings:
     for name, value, allowed in (
         ("overlap", overlap, OVERLAPS),
@@ -439,6 +452,7 @@ def _settings(
         trace_only=trace_only,
         profile=profile,
         pin=dict(pin or {}),
+        max_writes_per_day=None if max_writes_per_day is None else parse_bytes(max_writes_per_day),
         poison=poison,
         bucket_numel=bucket_numel,
     )

@@ -61,6 +61,7 @@ from .planner import (
     Problem,
     Solution,
     accumulator_bytes,
+    default_overlap,
     solve,
     validate,
 )
@@ -100,6 +101,7 @@ class Settings:
     plan_only: bool = False
     trace_only: bool = False  # no plan either: `Session.traced` is what is wanted
     pin: Pins = field(default_factory=dict)
+    max_writes_per_day: int | None = None  # bytes to SSD
     poison: bool = False
     bucket_numel: int | None = None
 
@@ -402,6 +404,7 @@ class Session:
             overlap=overlap,
             margin_bytes=self._margin_bytes(),
             accumulates=self._accumulates,
+            max_ssd_bytes_per_day=settings.max_writes_per_day,
         )
         if settings.trace_only:
             self.traced = TracedStep(
@@ -670,7 +673,11 @@ class Session:
             return Overlap(chosen)
         waited = self._trained_by is not None and self._trained_by[0].waits_for_step
         waits = optimizer is not None and (optimizer.waits is not None or bool(loss_scalers))
+        policy = self.settings.policy
+        own = default_overlap(policy) if isinstance(policy, str) else None
         # Once it waits it goes on so: changing back and forth would compile every time.
+        if own is not None and (own.waits_for_step or not (waits or waited)):
+            return own
         return Overlap.NEXT_FORWARD if waits or waited else Overlap.BACKWARD
 
     def _check_overlap(self, optimizer: Adam | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from lohan_fx.hardware import Hardware
 from lohan_fx.pins import Pins, best_of, forced_placements
 from lohan_fx.plan import Plan, TensorRow, build_plan, count_params
-from lohan_fx.planner import Forced, Lanes, Overlap, Problem, Solution, solve
+from lohan_fx.planner import DEFAULT_POLICY, Forced, Lanes, Overlap, Problem, Solution, solve
 from lohan_fx.units import format_bytes
 
 
@@ -56,7 +56,7 @@ class TracedStep:
     def _with(self, **fields: Any) -> TracedStep:
         return dataclasses.replace(self, problem=dataclasses.replace(self.problem, **fields))
 
-    def solve(self, policy: str = "greedy", pins: Pins | None = None) -> Solution:
+    def solve(self, policy: str = DEFAULT_POLICY, pins: Pins | None = None) -> Solution:
         """The policy's solution.
 
         Raises:
@@ -68,7 +68,7 @@ class TracedStep:
             forced = forced_placements(pins, self.tensors, self.problem)
         return best_of(partial(solve, self.problem, policy), forced)
 
-    def plan(self, policy: str = "greedy", pins: Pins | None = None) -> Plan:
+    def plan(self, policy: str = DEFAULT_POLICY, pins: Pins | None = None) -> Plan:
         """The policy's plan, without a schedule (which needs the graphs). Raises as `solve`."""
         return build_plan(
             self.problem,

@@ -82,16 +82,19 @@ def optimal(problem: Problem, forced: Forced | None = None) -> Solution:
 SOLVERS = {"optimal": optimal, "greedy": greedy, "lohan": lohan, **STATIC}
 
 
+DEFAULT_POLICY = "optimal"
+
+
 def check_policy(policy: str) -> None:
     """Raise LohanError unless this version has the policy."""
     if policy not in SOLVERS:
         raise LohanError(
-            f"policy {policy!r} is not available in this version; greedy is the default, and there are: "
-            f"{', '.join(sorted(SOLVERS))}"
+            f"policy {policy!r} is not available in this version; {DEFAULT_POLICY} is the default, and there "
+            f"are: {', '.join(sorted(SOLVERS))}"
         )
 
 
-def solve(problem: Problem, policy: str = "greedy", forced: Forced | None = None) -> Solution:
+def solve(problem: Problem, policy: str = DEFAULT_POLICY, forced: Forced | None = None) -> Solution:
     """The solution of one policy; `validate` says whether to believe it.
 
     Raises InfeasiblePlan where nothing fits, LohanError for an unknown policy.
@@ -101,6 +104,7 @@ def solve(problem: Problem, policy: str = "greedy", forced: Forced | None = None
 
 
 __all__ = [
+    "DEFAULT_POLICY",
     "MEMORY_CLASSES",
     "SOLVERS",
     "Activation",

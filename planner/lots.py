@@ -12,6 +12,7 @@ from lohan_fx.planner.cost import (
     Floats,
     Ints,
     Span,
+    accumulator_bytes,
     activation_places,
     activation_spans,
     activation_traffic,
@@ -207,6 +208,7 @@ def _bucket_bytes(
         passing["grad"] = gradient
         passing["state"] = state_buffer_bytes(bucket, place)
         dram += gradient if problem.overlap.waits_for_step else 0
+        dram += accumulator_bytes(bucket) if problem.accumulates else 0
         dram += state_section_bytes(bucket) if place.state is D else 0
         ssd += state_section_bytes(bucket) if place.state is S else 0
     return (dram, ssd), passing
@@ -269,6 +271,7 @@ def _presence(
         found.append(Presence(weights, size, _zeros(1 - used, relaxed)))
     if states and bucket.trainable:
         section = state_section_bytes(bucket)
+        section += accumulator_bytes(bucket) if problem.accumulates else 0
         found.append(Presence(states, section, np.zeros(num_positions, dtype=np.int64)))
         gathered = np.zeros_like(used)
         for row, index in enumerate(group.members):

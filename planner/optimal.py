@@ -143,10 +143,10 @@ def _mixed(problem: Problem, forced: Forced, solution: Solution) -> Solution | N
     """
     buckets, activations = list(solution.buckets), list(solution.activations)
     for group in group_items(problem, forced):
-        into: list[BucketPlace] | list[Place] = buckets if group.is_bucket else activations
+        placed: list[AnyPlace] = [*buckets] if group.is_bucket else [*activations]
         for residence in (0, 1, 2):
-            members = [i for i in group.members if _residence(into[i]) == residence]
-            counts = Counter(into[i] for i in members)
+            members = [i for i in group.members if _residence(placed[i]) == residence]
+            counts = Counter(placed[i] for i in members)
             # The k-th of n at one place stands at (k + 1/2) / n of the way.
             spots = sorted(
                 ((k + 0.5) / count, number, place)
@@ -154,7 +154,10 @@ def _mixed(problem: Problem, forced: Forced, solution: Solution) -> Solution | N
                 for k in range(count)
             )
             for index, (_, _, place) in zip(members, spots, strict=True):
-                into[index] = place
+                if isinstance(place, BucketPlace):
+                    buckets[index] = place
+                else:
+                    activations[index] = place
     if tuple(buckets) == solution.buckets and tuple(activations) == solution.activations:
         return None
     predicted = predict(problem, buckets, activations, solution.windows)

@@ -84,6 +84,20 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return calls
 
 
+def test_a_bound_on_ssd_writes_is_read_with_its_unit(planned: Calls, factories: str) -> None:
+    asked = ["--model", f"{factories}:build", "--hardware", "rtx4090"]
+    assert main([*asked, "--max-writes-per-day", "1.5TB"]) == 0
+    assert planned[0]["max_writes_per_day"] == 1_500_000_000_000
+
+
+def test_a_bound_on_ssd_writes_that_is_no_size_is_an_error(
+    factories: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--model", f"{factories}:build", "--hardware", "rtx4090"]
+    assert main([*asked, "--max-writes-per-day", "lots"]) == 1
+    assert "--max-writes-per-day: 'lots' is not a size" in capsys.readouterr().err
+
+
 def test_a_plan_that_fits_is_summarised_and_exits_with_0(
     planned: Calls, factories: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,7 +107,8 @@ def test_a_plan_that_fits_is_summarised_and_exits_with_0(
     assert code == 0
     (call,) = planned
     assert call["dtype"] is torch.float16
-    assert call["policy"] == "greedy" and call["overlap"] == "auto"
+    assert call["policy"] == "optimal" and call["overlap"] == "auto"
+    assert call["max_writes_per_day"] is None
     assert call["hardware"] == Hardware.preset("lohan-rtx4090", 3)
     assert call["budget"].dram == 100 * 10**9
     assert call["budget"].ssd_bytes == pytest.approx(0.9 * 3 * 3840e9)
@@ -132,7 +147,7 @@ def test_a_plan_that_does_not_fit_exits_with_2_and_says_what_would(
         (["--model", "x", "--batch", "0"], "positive whole number"),
         (["--model", "x", "--seq", "ten"], "positive whole number"),
         (["--model", "x", "--dtype", "int4"], "invalid choice"),
-        (["--model", "x", "--policy", "optimal"], "not available in this version; greedy is"),
+        (["--model", "x", "--policy", "magic"], "not available in this version; optimal is"),
         (["--model", "x", "--hardware", "abacus"], "no hardware preset 'abacus'"),
         (["--model", "x", "--hardware", "h200", "--budget", "gpu=much"], "'much' is not a size"),
         (["--model", "x", "--hardware", "h200", "--ssds", "4"], "fixed"),

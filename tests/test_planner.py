@@ -39,7 +39,7 @@ G, D, S, R = Place.GPU, Place.DRAM, Place.SSD, Place.RECOMPUTE
 
 def solved(question: Problem, forced: Forced | None = None) -> Solution:
     """The greedy answer, found sound by the checker."""
-    answer = solve(question, forced=forced)
+    answer = solve(question, "greedy", forced)
     assert validate(question, answer) == []
     return answer
 
@@ -488,7 +488,7 @@ def test_a_problem_that_makes_no_sense_says_so(build: Callable[[], object], word
 def test_a_deep_model_is_planned_in_seconds() -> None:
     question = deep(128)
     begun = time.process_time()
-    answer = solve(question)
+    answer = solve(question, "greedy")
     assert time.process_time() - begun < 5
     assert validate(question, answer) == []
     assert len(set(places(answer))) > 1

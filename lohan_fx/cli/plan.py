@@ -31,8 +31,9 @@ from lohan_fx.hardware import Hardware, detect, nearest
 from lohan_fx.hardware import load as load_hardware
 from lohan_fx.pins import check_pins, parse_pin
 from lohan_fx.plan import Plan, build_unfit_plan
-from lohan_fx.planner import NothingFits, Overlap, check_policy
+from lohan_fx.planner import DEFAULT_POLICY, SOLVERS, NothingFits, Overlap, check_policy
 from lohan_fx.step import TracedStep
+from lohan_fx.units import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,10 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
-        "--policy", type=_policy, default="greedy", help="who decides (default greedy)"
+        "--policy",
+        type=_policy,
+        default=DEFAULT_POLICY,
+        help=f"who decides: {', '.join(SOLVERS)} (default {DEFAULT_POLICY})",
     )
     parser.add_argument(
         "--overlap",
@@ -131,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--ssds", type=_count, help="number of SSDs of the paper's server, 1 to 12 (default 12)"
+    )
+    parser.add_argument(
+        "--max-writes-per-day",
+        type=_size,
+        metavar="BYTES",
+        help="bound on what steps at the predicted pace write to SSD in a day, such as 2TB",
     )
     parser.add_argument(
         "--pin",
@@ -174,6 +184,13 @@ def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except LohanError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
 
 
 def _policy(text: str) -> str:
@@ -306,6 +323,7 @@ class _Question:
                 policy=self.args.policy,
                 overlap=self.args.overlap,
                 pin=self.pins,
+                max_writes_per_day=self.args.max_writes_per_day,
             )
         plan = plan.named(given.name)
         return plan if given.tokens is None else plan.with_tokens(given.tokens)
@@ -324,6 +342,8 @@ class _Question:
                 hardware=self.hardware,
                 dtype=dtype,
                 overlap=self.args.overlap,
+                policy=self.args.policy,
+                max_writes_per_day=self.args.max_writes_per_day,
             )
         return step.named(given.name, given.tokens)
 

@@ -41,12 +41,14 @@ def formulate_training(
     overlap: Overlap,
     margin_bytes: int,
     accumulates: bool = False,
+    max_ssd_bytes_per_day: int | None = None,
 ) -> Problem:
     """The Problem of one training step.
 
     Args:
         seconds: what nodes take, on which hardware, and whether chains of pointwise ops are fused, so
             that they leave no temporaries.
+        max_ssd_bytes_per_day: see `Problem`.
         margin_bytes: GPU bytes to leave to the allocator and to libraries' workspaces.
         accumulates: gradients of several backwards are added up before an update.
     """
@@ -94,6 +96,7 @@ def formulate_training(
         gpu_adam_workspace_bytes=max((4 * b.numel for b in buckets if b.trainable), default=0),
         overlap=overlap,
         accumulates=accumulates,
+        max_ssd_bytes_per_day=max_ssd_bytes_per_day,
     )
 
 
