@@ -91,12 +91,12 @@ def test_an_infinity_in_any_micro_batch_skips_the_step(tmp_path: Path) -> None:
     assert found["gpu"].scales == found["ssd"].scales
 
 
-@pytest.mark.parametrize("overlap", [*OVERLAPS, "serial", "naive"])
-def test_every_mode_and_placement_gives_the_same_bits(overlap: str, tmp_path: Path) -> None:
+def test_every_mode_and_placement_gives_the_same_bits(tmp_path: Path) -> None:
     recipe = Recipe(TINY, torch.bfloat16, MICRO)
     reference = through_lohan(recipe, tmp_path, "dram")
-    mixed = through_lohan(recipe, tmp_path, overlap=overlap, policy=RandomPolicy(3))
-    mixed.assert_equal(reference)
+    for seed, overlap in enumerate((*OVERLAPS, "serial", "naive")):
+        mixed = through_lohan(recipe, tmp_path, overlap=overlap, policy=RandomPolicy(seed))
+        mixed.assert_equal(reference)
 
 
 # ---- Loops as people write them ----
