@@ -29,6 +29,8 @@ Faults parse_faults(const py::dict& given) {
       faults.times = value.cast<unsigned>();
     else if (name == "delay_ms")
       faults.delay_ms = value.cast<unsigned>();
+    else if (name == "flip_every")
+      faults.flip_every = value.cast<unsigned>();
     else if (name == "refuse_tmpfile")
       faults.refuse_tmpfile = value.cast<bool>();
     else if (name == "refuse_direct")
@@ -51,7 +53,7 @@ Faults parse_faults(const py::dict& given) {
 std::shared_ptr<FileEngine> make_engine(std::vector<std::string> directories,
                                         std::optional<std::vector<std::uint64_t>> capacities,
                                         std::string backend, std::size_t block_bytes,
-                                        unsigned queue_depth,
+                                        unsigned queue_depth, bool verify,
                                         const std::optional<py::dict>& faults) {
   FileEngineOptions options;
   options.directories = std::move(directories);
@@ -59,6 +61,7 @@ std::shared_ptr<FileEngine> make_engine(std::vector<std::string> directories,
   options.backend = std::move(backend);
   options.block_bytes = block_bytes;
   options.queue_depth = queue_depth;
+  options.verify = verify;
   if (faults) options.faults = parse_faults(*faults);
   const py::gil_scoped_release release;
   return std::make_shared<FileEngine>(std::move(options));
@@ -89,7 +92,7 @@ void bind_files(py::module_& module) {
       .def(py::init(&make_engine), py::arg("directories"), py::kw_only(),
            py::arg("capacities") = py::none(), py::arg("backend") = "auto",
            py::arg("block_bytes") = std::size_t{8} << 20, py::arg("queue_depth") = 32,
-           py::arg("faults") = py::none())
+           py::arg("verify") = false, py::arg("faults") = py::none())
       .def("close", &FileEngine::close, Release())
       .def("allocate", &FileEngine::allocate, py::arg("bytes"), Release())
       .def("release", &FileEngine::release, py::arg("extent"), Release())

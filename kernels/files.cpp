@@ -14,6 +14,7 @@
 #include <thread>
 #include <unordered_map>
 
+#include "checksums.h"
 #include "extent_space.h"
 #include "io.h"
 #include "io_faults.h"
@@ -195,7 +196,14 @@ struct FileEngine::Impl {
     extents.erase(id);
     allocated_bytes -= round_up(extent->bytes);
     extent->released = true;
-    if (extent->requests == 0) space.give(std::move(extent->pieces));
+    if (extent->requests == 0) give(*extent);
+  }
+
+  void give(Extent& extent) {
+    if (options.verify)
+      for (const Piece& piece : extent.pieces)
+        checksums.forget(space.fd(piece.directory), piece.offset, round_up(piece.bytes));
+    space.give(std::move(extent.pieces));
   }
 
   // Requests. See [Note: the life of a request]
@@ -282,6 +290,14 @@ struct FileEngine::Impl {
       block.retries = moved > 0 ? 0 : block.retries + 1;
       if (block.retries > kMostRetries || result == 0) error = EIO;
     }
+    if (options.verify && moved > 0) {
+      const std::int64_t wrong = compare(block, moved);
+      if (wrong >= 0) {
+        block.offset = static_cast<std::uint64_t>(wrong);
+        over(block, 0, EBADMSG);
+        return nullptr;
+      }
+    }
     block.memory += moved;
     block.offset += moved;
     block.left -= moved;
@@ -293,6 +309,14 @@ struct FileEngine::Impl {
     }
     over(block, moved, error);
     return nullptr;
+  }
+
+  // Notes what was written; where in the file a read differs from that, or -1.
+  std::int64_t compare(const Block& block, std::uint64_t moved) {
+    if (block.direction == Direction::read)
+      return checksums.first_difference(block.fd, block.offset, block.memory, moved);
+    checksums.note(block.fd, block.offset, block.memory, moved);
+    return -1;
   }
 
   void count(Direction direction, std::uint64_t moved) {
@@ -308,12 +332,16 @@ struct FileEngine::Impl {
       const std::string& path = options.directories[block.directory];
       request.failure = std::make_unique<Failure>(
           Failure{request.describe() + " failed at byte " + std::to_string(block.offset) +
-                      " of the file in " + path + ": " + describe_errno(error),
+                      " of the file in " + path + ": " +
+                      (error == EBADMSG && options.verify
+                           ? "what was read is not what was written there (checksums differ); "
+                             "the disk, its cable or memory is faulty"
+                           : describe_errno(error)),
                   path, static_cast<std::int64_t>(block.offset), error});
     }
     if (--request.blocks_left > 0) return;
     Extent& extent = *request.extent;
-    if (--extent.requests == 0 && extent.released) space.give(std::move(extent.pieces));
+    if (--extent.requests == 0 && extent.released) give(extent);
     record(request);
     if (request.failure) failures.emplace(request.ticket, std::move(*request.failure));
     requests.erase(request.ticket);
@@ -382,6 +410,7 @@ struct FileEngine::Impl {
   const pid_t owner = ::getpid();
   ExtentSpace space;
   FaultCounts fault_counts;
+  Checksums checksums;
   const char* backend = "";
   std::vector<bool> direct;
   std::mutex close_mutex;  // taken before mutex

@@ -30,6 +30,7 @@ struct Faults {
   unsigned times = 0;                    // ... this many times; 0 = always
   unsigned delay_ms = 0;                 // every transfer finishes this much later
   bool on_read = true, on_write = true;  // which transfers the lines above are about
+  unsigned flip_every = 0;               // every n-th read brings back one wrong bit
 
   bool refuse_tmpfile = false;    // as a file system without O_TMPFILE does
   bool refuse_direct = false;     // as a file system without O_DIRECT does
@@ -43,6 +44,7 @@ struct FileEngineOptions {
   std::size_t block_bytes = 8u << 20;     // largest single transfer, and the stripe; 4096 * n
   unsigned queue_depth = 32;              // transfers in flight per directory
   std::size_t trace_events = 1u << 16;    // finished requests kept for take_trace(); newest win
+  bool verify = false;  // keep checksums of what is written, and compare what is read (EBADMSG)
   Faults faults;
 };
 

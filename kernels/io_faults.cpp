@@ -28,6 +28,9 @@ Transfer* FaultySource::finished(Transfer* transfer, std::int64_t result) {
         (faults_.times == 0 || nth <= std::uint64_t{faults_.after} + faults_.times))
       result = -faults_.error;
   }
+  if (faults_.flip_every > 0 && transfer->direction == Direction::read && result > 0 &&
+      ++counts_.reads % faults_.flip_every == 0)
+    transfer->memory[result / 2] ^= 0x10;
   return shorten(inner_.finished(transfer, result));
 }
 

@@ -10,7 +10,7 @@ namespace lohan_fx {
 
 // One engine's counts, shared by its directories.
 struct FaultCounts {
-  std::atomic<std::uint64_t> started = 0, finished = 0;
+  std::atomic<std::uint64_t> started = 0, finished = 0, reads = 0;
 };
 
 class FaultySource final : public TransferSource {

@@ -46,6 +46,7 @@ class Faults(TypedDict, total=False):
     times: int  # ... this many times (0, the default: always)
     delay_ms: int  # every transfer finishes this much later
     on: Literal["read", "write", "both"]  # which transfers the keys above are about; default both
+    flip_every: int  # every n-th read brings back one wrong bit
     refuse_tmpfile: bool  # as a file system without O_TMPFILE does
     refuse_direct: bool  # as a file system without O_DIRECT does
     refuse_fallocate: bool  # as a file system without fallocate does
@@ -57,6 +58,7 @@ class FileEngine:
     kernel allows it, else threads; LOHAN_FX_IO=io_uring|threads stands in for "auto". Transfers
     have block_bytes at most; queue_depth of them are in flight for each directory. Files are
     nameless and mode 0600. TransferError, with path and errno, when a directory cannot be used.
+    `verify` keeps 8 bytes for each 4096 written; a read of something else fails with EBADMSG.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class FileEngine:
         backend: str = "auto",
         block_bytes: int = 8388608,
         queue_depth: int = 32,
+        verify: bool = False,
         faults: Faults | None = None,
     ) -> None: ...
     def close(self) -> None:

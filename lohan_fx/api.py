@@ -193,6 +193,7 @@ def compile(
     profile: str = "auto",
     poison: bool = False,
     bucket_numel: int | None = None,
+    verify_io: bool = False,
 ) -> Any:
     """Make `model` train within a memory budget. Returns the same object, compiled.
 
@@ -227,6 +228,8 @@ def compile(
             on CUDA.
         poison: fill memory that may no longer be read with NaN (a debugging aid; CPU device).
         bucket_numel: most parameters that move as one; None is right outside of tests.
+        verify_io: keep a checksum of every page written to the SSD (8 bytes of DRAM for 4096, outside
+            of the budget), and raise TransferError where a read brings back anything else.
 
     Raises:
         BudgetError: the budget cannot be read or used.
@@ -246,6 +249,7 @@ def compile(
         lowering,
         poison,
         bucket_numel,
+        verify_io=verify_io,
         pin=pin,
         profile=profile,
         max_writes_per_day=max_writes_per_day,
@@ -399,6 +403,7 @@ def _settings(
     poison: bool,
     bucket_numel: int | None,
     *,
+    verify_io: bool = False,
     plan_only: bool = False,
     trace_only: bool = False,
     pin: Pins | None = None,
@@ -455,6 +460,7 @@ def _settings(
         max_writes_per_day=None if max_writes_per_day is None else parse_bytes(max_writes_per_day),
         poison=poison,
         bucket_numel=bucket_numel,
+        verify_io=verify_io,
     )
 
 

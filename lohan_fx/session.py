@@ -104,6 +104,7 @@ class Settings:
     max_writes_per_day: int | None = None  # bytes to SSD
     poison: bool = False
     bucket_numel: int | None = None
+    verify_io: bool = False
 
 
 @dataclass(slots=True)
@@ -435,6 +436,7 @@ class Session:
                 dram_bytes=settings.capacities.dram_bytes,
                 ssd=tuple((str(path), capacity) for path, capacity in settings.budget.ssd or ()),
                 options=captured.options,
+                verify_io=settings.verify_io,
             )
         placements = captured.placements
         windows = solution.windows

@@ -199,6 +199,7 @@ class Runtime:
         ssd: (directory, capacity in bytes or None) of each directory to stripe over; empty without.
         options: sizes of the windows, and the overlap mode.
         engine: a file engine to use instead of one over `ssd`.
+        verify_io: compare what comes back from `ssd` with checksums of what was written.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class Runtime:
         ssd: Sequence[tuple[str, int | None]] = (),
         options: RuntimeOptions | None = None,
         engine: native.FileEngine | None = None,
+        verify_io: bool = False,
     ) -> None:
         self._options = options or RuntimeOptions()
         self._overlap = Overlap(self._options.overlap)
@@ -219,6 +221,7 @@ class Runtime:
             engine = native.FileEngine(
                 [str(directory) for directory, _ in ssd],
                 capacities=[capacity or 0 for _, capacity in ssd],
+                verify=verify_io,
             )
         limits = [capacity for _, capacity in ssd if capacity is not None]
         self._pools = Pools(
