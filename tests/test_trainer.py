@@ -133,6 +133,17 @@ def test_without_clipping_no_norm_is_logged_and_updates_run_during_the_backward(
     ours.model.close()
 
 
+def test_micro_batches_accumulate_as_in_plain_trainer(tmp_path: Path) -> None:
+    """Over unequal ones: 15 sentences in micro-batches of 2, 3 to a step, are 8, so 3 + 3 + 2."""
+    options: dict[str, Any] = {"gradient_accumulation_steps": 3, "max_steps": 4}
+    theirs, ours = (make(tmp_path, **options) for make in (plain, lohan))
+    theirs.train()
+    ours.train()
+    assert_same_logs(ours, theirs)
+    assert_same_weights(ours, theirs)
+    ours.model.close()
+
+
 def test_adapters_train_as_with_plain_trainer(tmp_path: Path) -> None:
     def build() -> nn.Module:
         base = llama(2)
@@ -170,6 +181,9 @@ def test_a_run_resumes_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     resumed = lohan(tmp_path, max_steps=6, place="gpu", **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-4"))
     assert resumed.state.global_step == 6
+    files = {p.name for p in (tmp_path / "ours" / "checkpoint-4").iterdir()}
+    assert {"lohan_fx.json", "config.json", "generation_config.json", "scheduler.pt"} <= files
+    assert "optimizer.pt" not in files
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-6")

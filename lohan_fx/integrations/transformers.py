@@ -14,14 +14,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import get_parameter_names
 
 from lohan_fx.api import CompiledModel, compile
 from lohan_fx.budget import Budget
+from lohan_fx.checkpoint import load, save
+from lohan_fx.checkpoint.manifest import MANIFEST, Manifest
 from lohan_fx.errors import LohanError, TrainingLoopError
 from lohan_fx.optim import Adam, AdamW
 
@@ -37,6 +41,9 @@ class LohanMixin:
     * `max_grad_norm` is the optimizer's (exact, over all gradients); the logged `grad_norm` is the norm
       before clipping, as in plain Trainer, and is left out where there is no clipping.
     * `bf16` computes in bfloat16 with fp32 masters, in place of autocast; `fp16` is refused.
+    * Checkpoints of a whole model are those of `lohan_fx.save`: streamed, in shards that `from_pretrained`
+      reads, with the optimizer's state in the same `checkpoint-N`; adapters (peft) are saved as the
+      Trainer does. Resuming is exact: bit for bit under the same plan.
     * `gradient_accumulation_steps` goes through `model.no_sync()`.
     * `weight_decay`, `adam_beta1`, `adam_beta2`, `adam_epsilon` and `optim` (one of torch's AdamW) as
       usual; another optimizer, DeepSpeed, FSDP, several processes, `torch_compile`, `model_init`,
@@ -56,6 +63,11 @@ class LohanMixin:
     args: Any
     optimizer: Any
     accelerator: Any
+    lr_scheduler: Any
+    state: Any
+    processing_class: Any
+    data_collator: Any
+    _with_state = False  # whether _save writes the optimizer's state
 
     def __init__(
         self,
@@ -149,6 +161,53 @@ class LohanMixin:
         data.update(cast)  # a dict or a UserDict, made by the Trainer's own method
         return data
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._with_state = not self.args.save_only_model
+        try:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._with_state = False
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As in Trainer; a whole model streams to the disk instead of through a state_dict."""
+        where = Path(output_dir or self.args.output_dir)
+        if state_dict is not None or hasattr(self.model, "peft_config"):
+            super()._save(str(where), state_dict)  # type: ignore[misc]
+            return
+        save(self.model, self.optimizer if self._with_state else None, where)
+        torch.save(self.args, where / "training_args.bin")
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(where)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if hasattr(self.model, "peft_config"):
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        else:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights come with the optimizer's state, in _load_optimizer_and_scheduler."""
+        if not _is_ours(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not _is_ours(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        with_state = Manifest.read(Path(checkpoint)).param_groups is not None
+        load(self.model, self.optimizer if with_state else None, checkpoint)
+        schedule = Path(checkpoint) / SCHEDULER_NAME
+        if schedule.exists():
+            self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if _is_ours(best):
+            load(self.model, None, best)
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+
     def _clip_grad_norm(self, model: Any) -> None:
         """The optimizer clips in its step."""
 
@@ -164,6 +223,10 @@ class LohanMixin:
 
 class LohanTrainer(LohanMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` within a memory budget; see LohanMixin."""
+
+
+def _is_ours(checkpoint: str) -> bool:
+    return (Path(checkpoint) / MANIFEST).is_file()
 
 
 def _check_arguments(args: TrainingArguments) -> None:
