@@ -85,7 +85,7 @@ class _Copy(NamedTuple):
 class _Incoming:
     """Weights or an activation on the way to the GPU; see runtime/inbound.py."""
 
-    __slots__ = ("arrival", "in_pass", "item", "nbytes", "on_ssd", "read", "section")
+    __slots__ = ("arrival", "in_pass", "item", "nbytes", "on_ssd", "point", "read", "section")
 
     def __init__(
         self, item: Item, in_pass: str, nbytes: int, section: int, *, on_ssd: bool
@@ -95,6 +95,7 @@ class _Incoming:
         self.nbytes = nbytes
         self.section = section
         self.on_ssd = on_ssd
+        self.point = 0  # of the compute stream, when it was asked for
         self.read: Job | None = None
         self.arrival: Job | None = None
 
@@ -479,6 +480,9 @@ class Replay:
 
     def _request(self, item: Item) -> _Incoming:
         incoming = self._by_item[item].popleft()
+        cls = ACTIVATIONS if item.kind == "activation" else WEIGHTS
+        self._hold(cls, align_up(incoming.nbytes, GPU_ALIGN))
+        incoming.point = self._issued
         self._wanted.append(incoming)
         self._pump_inbound()
         return incoming
@@ -513,13 +517,17 @@ class Replay:
                 return False
         elif not self._is_valid(incoming):
             return False
-        cls, what = WEIGHTS, "fetch"
+        what, after = "fetch", None
         if incoming.item.kind == "activation":
-            cls, what = ACTIVATIONS, "reload"
-            self._await(self._slots[incoming.item.number].leaving)
-        self._hold(cls, align_up(incoming.nbytes, GPU_ALIGN))
+            what, after = "reload", self._slots[incoming.item.number].leaving
         incoming.arrival = self._copy(
-            Lane.H2D, what, incoming.item, incoming.in_pass, incoming.nbytes
+            Lane.H2D,
+            what,
+            incoming.item,
+            incoming.in_pass,
+            incoming.nbytes,
+            point=incoming.point,
+            after=() if after is None else (after,),
         )
         return True
 

@@ -5,14 +5,15 @@ what is predicted is what runs. A position is "before the piece of compute with 
 position, what ends comes first, then what starts ahead of its use, then what must have arrived:
 
     release, grad, offload, offload_wait   values whose last reader has just been passed
-    fetch, reload                          copies issued ahead of their use
-    wait, reload_wait                      values the next piece of compute reads
+    fetch, reload                          copies issued at the start of the pass
+    wait, reload_wait                      values the next piece of compute reads, and right after
+                                           each wait the copies for which it makes room
 
-[Note: windows] A copy in is issued as early as a window in bytes allows: value j is fetched just
-before the wait of value i when the values after i up to and including j fit the window. So the bytes
-that have been issued and not waited for never exceed the window (or one value, where that is
-larger). A copy out is waited for when the next one would leave more than a window on its way,
-and at once where it is larger than the window.
+[Note: windows] A copy in is issued as early as a window in bytes allows: value j right after the
+wait before that of value i, the first such that values i up to and including j fit the window. So
+the bytes that have been issued and not waited for never exceed the window. A value larger than the
+window is issued just before its own wait. A copy out is waited for when the next one would leave
+more than a window on its way, and at once where it is larger than the window.
 """
 
 from __future__ import annotations
@@ -67,21 +68,6 @@ class WeightUse:
     refreshed: bool = False
 
 
-def issue_positions(waits: Sequence[Use], window_bytes: int) -> list[int]:
-    """Where the copy of each of `waits`, given in order, is issued; see [Note: windows]."""
-    positions = []
-    first, ahead = 0, 0
-    for index, use in enumerate(waits):
-        ahead += use.nbytes
-        while first < index and ahead > window_bytes:
-            ahead -= waits[first].nbytes
-            first += 1
-        # Everything in waits[first:index + 1] may be on its way together, so this one starts
-        # once what came before waits[first] has been waited for.
-        positions.append(0 if first == 0 and ahead <= window_bytes else waits[first].position)
-    return positions
-
-
 def weight_moves(uses: Sequence[WeightUse], window_bytes: int, *, backward: bool) -> list[Placed]:
     """Fetch, wait and release of every bucket that a pass reads, resident ones too."""
     placed, waits = [], []
@@ -102,15 +88,30 @@ def reload_moves(waits: Iterable[Use], window_bytes: int) -> list[Placed]:
 
 
 def _arrivals(issue: str, wait: str, waits: Iterable[Use], window_bytes: int) -> list[Placed]:
+    """Where each copy in is issued, and each wait; see [Note: windows]."""
     ordered = sorted(waits)
-    positions = issue_positions(ordered, window_bytes)
-    return [
-        *(
-            Placed(position, Phase.AHEAD, issue, use.arg)
-            for position, use in zip(positions, ordered, strict=True)
-        ),
-        *(Placed(use.position, Phase.ARRIVES, wait, use.arg) for use in ordered),
-    ]
+    placed: list[Placed] = []
+    follow: list[list[Use]] = [[] for _ in ordered]  # copies issued right after each wait
+    alone: set[int] = set()
+    first, ahead = 0, 0
+    for index, use in enumerate(ordered):
+        ahead += use.nbytes
+        while first < index and ahead > window_bytes:
+            ahead -= ordered[first].nbytes
+            first += 1
+        # Everything in ordered[first:index + 1] may be on its way together.
+        if ahead > window_bytes:
+            alone.add(index)
+        elif first == 0:
+            placed.append(Placed(0, Phase.AHEAD, issue, use.arg))
+        else:
+            follow[first - 1].append(use)
+    for index, use in enumerate(ordered):
+        if index in alone:
+            placed.append(Placed(use.position, Phase.ARRIVES, issue, use.arg))
+        placed.append(Placed(use.position, Phase.ARRIVES, wait, use.arg))
+        placed += [Placed(use.position, Phase.ARRIVES, issue, u.arg) for u in follow[index]]
+    return placed
 
 
 def offload_moves(leaving: Iterable[Use], end: int, window_bytes: int) -> list[Placed]:

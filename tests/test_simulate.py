@@ -112,20 +112,20 @@ def test_reads_from_ssd_go_ahead_as_far_as_the_arena_has_room() -> None:
         reads = [s for s in found.spans if s.lane == "ssd_read" and s.in_pass == "forward"]
         return [(s.name, pytest.approx(s.start_s)) for s in reads]
 
-    # A read takes 2 s, a copy 1 s. Bucket 0 is copied from 0 s to 1 s, bucket 1 from 5 s to 6 s; the
-    # next read starts where a copy has made room.
+    # A read takes 2 s, a copy 1 s. Bucket 0 is copied from 0 s to 1 s; with room for one, bucket 1 is
+    # read from then on and copied from 3 s to 4 s. The next read starts where a copy has made room.
     assert forward_reads(two)[0] == ("bucket2", 1.0)
-    assert forward_reads(one)[:2] == [("bucket1", 1.0), ("bucket2", 6.0)]
+    assert forward_reads(one)[:2] == [("bucket1", 1.0), ("bucket2", 4.0)]
 
 
-def test_a_copy_that_the_host_had_to_wait_for_follows_the_compute_it_had_queued() -> None:
-    # Weights land long before they are needed, yet after the host came to their wait: the piece
-    # before is queued by then, and copies in follow what is queued.
+def test_a_copy_that_the_host_had_to_wait_for_follows_the_compute_before_its_request_only() -> None:
+    # Weights land after the host came to their wait, with the piece before queued by then. They were
+    # asked for at the start of the pass, so the copy need not follow that piece.
     stages = tuple(stage(i, 4.0) for i in range(3))
     question = problem(stages, frozen(3), rates=lanes(h2d_bytes_per_s=2 * MIB))
     found = simulate(question, [SSD] * 3, [], wide(inbound_bytes=4))
-    assert spans(found, "h2d")[:3] == [(0, 0, 1), (1, 5, 6), (2, 10, 11)]
-    assert found.step_s == pytest.approx(36 + 6)
+    assert spans(found, "h2d")[:3] == [(0, 0, 1), (1, 1, 2), (2, 3, 4)]
+    assert found.step_s == pytest.approx(36 + 2)  # the first copy of each pass is waited for
 
 
 # ---- by hand: sharing ----
@@ -319,7 +319,7 @@ def test_the_outbound_arena_holds_back_the_host() -> None:
     acts = tuple(activation(i, i, mib=1) for i in range(6))
     question = problem(stages, (), acts, rates=lanes(ssd_simplex=False))
     narrow, ample = (simulate(question, [], [S] * 6, wide(outbound_bytes=n)) for n in (2, 100))
-    assert narrow.step_s >= ample.step_s
+    assert narrow.step_s >= ample.step_s * (1 - 1e-9)
     assert ample.forward_s == pytest.approx(0.1 + 6)
     assert max(narrow.memory["gpu"].total) <= max(ample.memory["gpu"].total)
 

@@ -82,6 +82,7 @@ class Incoming:
     span: Span | None = None
     ticket: int = 0
     device: DeviceBytes | None = None
+    mark: Arrival | None = None  # of the compute stream, when `device` was taken
     arrival: Arrival | None = None
 
 
@@ -130,6 +131,11 @@ class Inbound:
         """Start bringing the next planned item under `key`; never blocks."""
         item = self._queue.by_key[key].popleft()
         item.requested = True
+        # Taken here, where the plan counts it from. The mark is the last compute that may still use
+        # the memory: a copy that starts late need not wait for what was queued since.
+        item.device = self._pools.device_bytes(item.source.nbytes, item.source.name)
+        item.mark = self._device.mark()
+        self._held[id(item)] = item
         self._queue.wanted.append(item)
         self.pump()
         return item
@@ -232,12 +238,9 @@ class Inbound:
                 return False
             assert self._arena is not None and item.span is not None
             source = self._arena.view(item.span, item.source.nbytes)
-        item.device = self._pools.device_bytes(item.source.nbytes, item.source.name)
-        after = item.source.after()
-        for arrival in after:
-            self._device.wait(arrival)
-        self._held[id(item)] = item
-        item.arrival = self._device.copy_in(item.device.bytes, source)
+        assert item.device is not None and item.mark is not None
+        after = (item.mark, *item.source.after())
+        item.arrival = self._device.copy_in(item.device.bytes, source, after)
         item.state = IncomingState.ARRIVING
         return True
 
