@@ -24,16 +24,15 @@ TRAIN = Path(__file__).with_name("train.py")
 
 # From everything on the GPU down to a step that the SSD limits.
 POINTS = (
-    "1b:16:gpu=76GB,dram=100GB",
-    "1b:16:gpu=16GB,dram=100GB",
-    "1b:16:gpu=8GB,dram=100GB",
-    "1b:16:gpu=8GB,dram=16GB,ssd=SSD:50GB",
-    "1b:16:gpu=8GB,dram=6GB,ssd=SSD:50GB",
-    "3b:8:gpu=76GB,dram=100GB",
+    "wide:16:gpu=76GB,dram=100GB",
+    "wide:16:gpu=20GB,dram=100GB",
+    "wide:16:gpu=10GB,dram=100GB",
+    "wide:4:gpu=10GB,dram=100GB",
     "3b:8:gpu=24GB,dram=100GB",
     "3b:32:gpu=24GB,dram=100GB",
     "3b:32:gpu=12GB,dram=100GB",
-    "3b:8:gpu=24GB,dram=30GB,ssd=SSD:50GB",
+    "wide:16:gpu=10GB,dram=20GB,ssd=SSD:40GB",
+    "125m:16:gpu=2GB,dram=1GB,ssd=SSD:20GB",
 )
 
 
