@@ -103,7 +103,7 @@ def backward_intervals(problem: Problem, places: Sequence[Place]) -> list[tuple[
     """
     first = [a.first_backward_stage for a in problem.activations]
     last = [a.last_backward_stage for a in problem.activations]
-    for index in _readers_first(problem.activations):
+    for index in readers_first(problem.activations):
         if places[index] is Place.RECOMPUTE:
             for need in problem.activations[index].needs:
                 first[need] = max(first[need], first[index])
@@ -111,7 +111,7 @@ def backward_intervals(problem: Problem, places: Sequence[Place]) -> list[tuple[
     return list(zip(first, last, strict=True))
 
 
-def _readers_first(activations: Sequence[Activation]) -> list[int]:
+def readers_first(activations: Sequence[Activation]) -> list[int]:
     """Indices such that every activation comes before all it needs."""
     waiting = [0] * len(activations)
     for a in activations:

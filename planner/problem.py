@@ -151,6 +151,11 @@ class Activation:
     `first_backward_stage` is the first to read it in time, so the largest number;
     `last_backward_stage` the smallest. `recompute_s` is the time to make it again when every
     activation in `needs` is on the GPU. `cls`, `shape` and `dtype` are for reports only.
+
+    Swapped, it may leave once the share `leaves_at` of the forward of `last_forward_stage` is over (1:
+    at its end), and must be back when the share `returns_at` of the backward of
+    `first_backward_stage` is (0: at its start); both are shares of the stage's seconds, for a step
+    that recomputes nothing. See [Note: where activations move] of schedule.py.
     """
 
     index: int
@@ -167,6 +172,8 @@ class Activation:
     cls: str = "activation"
     shape: tuple[int, ...] = ()
     dtype: str = ""
+    leaves_at: float = 1.0
+    returns_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +309,11 @@ def _faults(problem: Problem) -> list[str]:
             found.append(f"activation {a.name!r}: backward stages are out of order")
         if a.bytes < 0:
             found.append(f"activation {a.name!r} has a negative size")
+        for share in (a.leaves_at, a.returns_at):
+            if not 0 <= share <= 1:
+                found.append(
+                    f"activation {a.name!r} moves at {share}, which is no share of a stage"
+                )
         for need in a.needs:
             if not 0 <= need < num_activations or need == a.index:
                 found.append(f"activation {a.name!r} needs {need}, which is no other activation")

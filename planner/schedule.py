@@ -14,6 +14,11 @@ wait before that of value i, the first such that values i up to and including j 
 the bytes that have been issued and not waited for never exceed the window. A value larger than the
 window is issued just before its own wait. A copy out is waited for when the next one would leave
 more than a window on its way, and at once where it is larger than the window.
+
+[Note: where activations move] A swapped activation leaves at the first place after its last reader, and
+is waited for at the last place before its first one, where cutting the stage costs nothing: right
+before or after an op that is a kernel of its own, not between ops that fuse, or at an end of the
+stage. So fused code stays whole.
 """
 
 from __future__ import annotations
@@ -83,7 +88,7 @@ def weight_moves(uses: Sequence[WeightUse], window_bytes: int, *, backward: bool
 
 
 def reload_moves(waits: Iterable[Use], window_bytes: int) -> list[Placed]:
-    """Reload and reload_wait of swapped activations; positions are starts of stages."""
+    """Reload and reload_wait of swapped activations, each waited for at its position."""
     return _arrivals("reload", "reload_wait", waits, window_bytes)
 
 
@@ -115,7 +120,7 @@ def _arrivals(issue: str, wait: str, waits: Iterable[Use], window_bytes: int) ->
 
 
 def offload_moves(leaving: Iterable[Use], end: int, window_bytes: int) -> list[Placed]:
-    """Offload and offload_wait of swapped activations; positions are ends of stages.
+    """Offload and offload_wait of swapped activations, each leaving at its position.
 
     `end` is the end of the pass, where what is still on its way is waited for.
     """

@@ -186,7 +186,14 @@ def problems(
             can_recompute=draw(st.booleans()),
             can_swap=draw(st.booleans()),
         )
-        acts.append(dataclasses.replace(made, bytes=made.bytes + draw(st.sampled_from([0, 7]))))
+        acts.append(
+            dataclasses.replace(
+                made,
+                bytes=made.bytes + draw(st.sampled_from([0, 7])),
+                leaves_at=draw(st.sampled_from([1.0, 0.3])),
+                returns_at=draw(st.sampled_from([0.0, 0.6])),
+            )
+        )
     return problem(
         stages,
         tuple(buckets),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -390,6 +391,21 @@ def test_moving_items_one_by_one_ends_at_the_sums_of_the_placement(
     windows = Windows(fetch_window_bytes=MIB, grad_window_bytes=MIB, grad_buffers=3)
     assert ledger.peaks(windows) == fresh.peaks(windows)
     assert ledger.traffic == pytest.approx(fresh.traffic)
+
+
+def test_where_an_activation_moves_inside_its_stage_is_no_part_of_the_graph() -> None:
+    plain = problem(1, (), (activation(0, 0),))
+    early = dataclasses.replace(plain.activations[0], leaves_at=0.5, returns_at=0.25)
+    question = dataclasses.replace(plain, activations=(early,))
+    assert Problem.from_json(question.to_json()) == question
+    assert question.fingerprint() == plain.fingerprint()
+    # What was written without says that it moves at the ends of its stages.
+    raw = json.loads(plain.to_json())
+    del raw["activations"][0]["leaves_at"], raw["activations"][0]["returns_at"]
+    assert Problem.from_json(json.dumps(raw)) == plain
+    late = dataclasses.replace(early, returns_at=1.5)
+    with pytest.raises(LohanError, match=r"'act0' moves at 1\.5, which is no share of a stage"):
+        dataclasses.replace(plain, activations=(late,))
 
 
 @settings(max_examples=40, deadline=None)

@@ -105,7 +105,7 @@ def test_what_is_larger_than_the_window_leaves_before_anything_else_runs() -> No
     ]
 
 
-def test_what_comes_back_is_awaited_at_the_start_of_its_stage() -> None:
+def test_what_comes_back_is_awaited_at_its_position() -> None:
     assert words(reload_moves([Use(4, 0, 10), Use(0, 1, 10)], 20)) == [
         "0 reload 1",
         "0 reload 0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,70 @@ def test_the_simulators_moves_are_those_of_the_woven_graphs(
             assert sorted(pair for pair in own if pair[0] in ops) == sorted(
                 pair for pair in woven if pair[0] in ops
             )
+        # Inside a stage too, activations move in the same order.
+        for op in ("offload", "reload_wait"):
+            assert [pair for pair in own if pair[0] == op] == [
+                pair for pair in woven if pair[0] == op
+            ]
 
 
 WEIGHT_OPS = ("fetch", "wait", "release")
 SWAP_IN = ("reload", "reload_wait")
+
+
+def test_activations_leave_and_return_inside_their_stage_in_both() -> None:
+    """A block's values leave at three places of its forward, and the last one is not first to return."""
+    policy = Placing((BucketPlace(G, G),), (D,), Room.STAGE)
+    with pytest.MonkeyPatch.context() as patch:
+        program = traced(policy, patch)
+    asked = policy.problem
+    block = [a for a in asked.activations if a.forward_stage == a.last_forward_stage == 2]
+    inside = [a for a in block if 0 < a.leaves_at < 1]
+    assert inside and all(0 < a.returns_at < 1 for a in inside)
+    # What is read last in forward is read first in backward.
+    for early, late in itertools.pairwise(sorted(block, key=lambda a: a.leaves_at)):
+        if early.leaves_at < late.leaves_at:
+            assert early.returns_at >= late.returns_at
+    replayed = as_woven(policy, program)
+    left = [m for m in replayed.forward.in_order() if m.op == "offload"]
+    stages = {i: (p.opens, p.stage) for i, p in enumerate(replayed.forward.pieces)}
+    assert any(not stages[m.position][0] for m in left if m.position in stages)
+
+
+def test_compute_is_cut_where_activations_leave_and_return() -> None:
+    first = dataclasses.replace(activation(0, 0), leaves_at=0.25, returns_at=0.75)
+    second = dataclasses.replace(activation(1, 0), leaves_at=1.0, returns_at=0.5)
+    # Made again from the second, so that must be back before this one's own first use.
+    third = activation(2, 0, recompute_s=0.125, needs=(1,))
+    third = dataclasses.replace(third, leaves_at=0.5, returns_at=0.25)
+    question = problem(1, (), (first, second, third))
+    program = step_program(question, [], [D, S, R], Windows())
+    assert [(p.what, p.seconds) for p in program.forward.pieces] == [
+        ("forward", 0.25),
+        ("forward", 0.75),
+    ]
+    assert [(p.what, p.seconds) for p in program.backward.pieces] == [
+        ("backward", 0.5),
+        ("recompute", 0.125),
+        ("backward", 1.0),
+        ("backward", 0.5),
+    ]
+    places = {(m.op, m.arg): m.position for m in program.forward.in_order()}
+    assert places[("offload", 0)] == 1 and places[("offload", 1)] == 2
+    places = {(m.op, m.arg): m.position for m in program.backward.in_order()}
+    assert places[("reload_wait", 1)] == 1 and places[("reload_wait", 0)] == 3
+
+
+def test_a_layer_that_is_computed_again_has_back_all_it_needs_when_it_starts() -> None:
+    kept = dataclasses.replace(activation(0, 0), leaves_at=0.25, returns_at=0.75)
+    made = activation(1, 0, recompute_s=1.0, needs=(0,))
+    made = dataclasses.replace(made, returns_at=0.5)
+    program = step_program(problem(1, (), (kept, made)), [], [D, R], Windows())
+    assert [(p.what, p.seconds) for p in program.backward.pieces] == [
+        ("recompute", 1.0),
+        ("backward", 2.0),
+    ]
+    assert {m.position for m in program.backward.in_order()} == {0}
 
 
 def test_compute_is_cut_where_weights_that_move_are_first_read() -> None:

@@ -5,7 +5,10 @@ Times come from `seconds.Seconds`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -16,7 +19,7 @@ from lohan_fx.planner import Activation, Capacities, Overlap, Problem, Stage
 from lohan_fx.planner import Bucket as BucketItem
 from lohan_fx.planner.problem import PAGE, align_up
 
-from .fusion import is_extern, is_reduction, source_op
+from .fusion import free_cuts, is_extern, is_reduction, source_op
 from .partition import Candidate, Joint, backward_nodes, param_derived, recompute_closure
 from .seconds import Seconds
 from .stages import StageInfo
@@ -59,10 +62,20 @@ def formulate_training(
     saved_roots = {node for candidate in candidates for node in candidate.nodes}
     forward_of, backward_of = _runs(joint, len(stages), backward, saved_roots, derived)
 
-    activations = _activations(joint, candidates, backward, derived, seconds)
     returned, tangents = _boundary_bytes(joint, saved_roots)
     counted = derived | saved_roots
     ran_forward = {node for run in forward_of for node in run}
+    forward_s = [seconds.each(run, ran_forward, saved_roots) for run in forward_of]
+    backward_s = [seconds.each(run, backward) for run in backward_of]
+    activations = _activations(
+        joint,
+        candidates,
+        backward,
+        derived,
+        seconds,
+        [_Timed.of(*row, saved_roots) for row in zip(forward_of, forward_s, strict=True)],
+        [_Timed.of(*row) for row in zip(backward_of, backward_s, strict=True)],
+    )
     rows = []
     for info, fw, bw in zip(stages, forward_of, backward_of, strict=True):
         held = tangents if TANGENTS_STAY or info.index == len(stages) - 1 else 0
@@ -71,8 +84,8 @@ def formulate_training(
                 index=info.index,
                 name=info.name,
                 kind=info.kind,
-                forward_s=seconds.of(fw, ran_forward, saved_roots),
-                backward_s=seconds.of(bw, backward),
+                forward_s=sum(forward_s[info.index]),
+                backward_s=sum(backward_s[info.index]),
                 forward_workspace_bytes=workspace_bytes(fw, counted, ran_forward, fused=fused),
                 backward_workspace_bytes=held
                 + int(_FUSED_SLACK * workspace_bytes(bw, counted, backward, fused=fused)),
@@ -148,12 +161,43 @@ def _stages_of(pids: Sequence[int], reads: Mapping[int, set[int]]) -> tuple[int,
     return tuple(sorted(set().union(*(reads.get(pid, set()) for pid in pids))))
 
 
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """What one stage runs in a pass: positions of its nodes, its free cuts, and when they come."""
+
+    position: Mapping[fx.Node, int]
+    cuts: Sequence[int]  # both ends included
+    shares: Sequence[float]  # of the stage's seconds that are over at each cut
+
+    @classmethod
+    def of(
+        cls, run: Sequence[fx.Node], spent: Sequence[float], kept: Set[fx.Node] = frozenset()
+    ) -> _Timed:
+        cuts = [0, *free_cuts(run, kept), len(run)]
+        passed = [0.0, *itertools.accumulate(spent)]
+        total = passed[-1]
+        inner = [passed[p] / total if total > 0 else 0.0 for p in cuts[1:-1]]
+        return cls({n: p for p, n in enumerate(run)}, cuts, [0.0, *inner, 1.0])
+
+    def after(self, nodes: Iterable[fx.Node]) -> float:
+        """The share that is over at the first cut after the last of `nodes`; all where none is here."""
+        last = max((self.position[n] for n in nodes if n in self.position), default=None)
+        return 1.0 if last is None else self.shares[bisect.bisect_right(self.cuts, last)]
+
+    def before(self, nodes: Iterable[fx.Node]) -> float:
+        """The share that is over at the last cut before the first of `nodes`; 0 where none is here."""
+        first = min((self.position[n] for n in nodes if n in self.position), default=None)
+        return 0.0 if first is None else self.shares[bisect.bisect_right(self.cuts, first) - 1]
+
+
 def _activations(
     joint: Joint,
     candidates: Sequence[Candidate],
     backward: set[fx.Node],
     derived: set[fx.Node],
     seconds: Seconds,
+    forward_of: Sequence[_Timed],
+    backward_of: Sequence[_Timed],
 ) -> list[Activation]:
     owner = {node: c.index for c in candidates for node in c.nodes}
     saved = set(owner)
@@ -164,14 +208,14 @@ def _activations(
     for candidate, (run, needs) in zip(candidates, closures, strict=True):
         own = candidate.nodes[0].meta["lohan_stage"]
         forward_last, backward_reads = own, set()
-        for node in candidate.nodes:
-            for user in (*readers(node), *views_of(node)):
-                if user.op != "call_function":
-                    continue
-                stage = user.meta["lohan_stage"]
-                backward_reads.add(stage)
-                if user not in backward:
-                    forward_last = max(forward_last, stage)
+        users = {u for n in candidate.nodes for u in (*readers(n), *views_of(n))}
+        users = {user for user in users if user.op == "call_function"}
+        for user in users:
+            stage = user.meta["lohan_stage"]
+            backward_reads.add(stage)
+            if user not in backward:
+                forward_last = max(forward_last, stage)
+        backward_first = max(backward_reads | {own})
         value = tensor_of(candidate.nodes[0])
         items.append(
             Activation(
@@ -180,7 +224,7 @@ def _activations(
                 bytes=_resting_bytes(candidate),
                 forward_stage=own,
                 last_forward_stage=forward_last,
-                first_backward_stage=max(backward_reads | {own}),
+                first_backward_stage=backward_first,
                 last_backward_stage=min(backward_reads | {own}),
                 recompute_s=seconds.of(sorted(run, key=order.__getitem__), kept=saved)
                 if candidate.can_recompute
@@ -192,6 +236,8 @@ def _activations(
                 can_swap=candidate.can_swap,
                 shape=tuple(value.shape) if value is not None else (),
                 dtype=dtype_name(value.dtype) if value is not None else "",
+                leaves_at=forward_of[forward_last].after(users),
+                returns_at=backward_of[backward_first].before(users),
             )
         )
     return items

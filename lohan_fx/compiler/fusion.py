@@ -1,6 +1,7 @@
 """What Inductor makes of a run of nodes: ops that stand alone, and kernels that fuse the others.
 
-Used for estimates of memory and time; nothing here decides what is compiled.
+Used for estimates of memory and time, and for where a stage may be cut (`free_cuts`). What is compiled
+does not depend on it otherwise.
 """
 
 from __future__ import annotations
@@ -109,11 +110,53 @@ def fused_kernels(
     return kernels
 
 
-def _depths(run: Sequence[fx.Node]) -> tuple[dict[fx.Node, int], list[fx.Node]]:
+def free_cuts(run: Sequence[fx.Node], kept: Set[fx.Node] = frozenset()) -> list[int]:
+    """Positions at which `run`, nodes in order, can be cut in two that run the same kernels as before.
+
+    Position p is between run[p - 1] and run[p]; both ends of the run, which are free too, are not
+    listed. A free cut stands right before or after a standalone op (the views of its arguments stay
+    with it, and so do the items of its result) and parts no nodes that fuse.
+
+    Args:
+        kept: nodes whose results stay for another pass.
+    """
+    depth, fusible = _depths(run, kept)
+    position = {node: index for index, node in enumerate(run)}
+    parted = [0] * (len(run) + 1)  # how many more kernels are open before run[p] than before
+    for group in _connected(fusible, depth):
+        # A constant is made in every region that reads it.
+        ends = [position[node] for node in group if node.all_input_nodes]
+        for node in group:
+            if not is_reduction(node) and not _has_extern_reader(node):
+                # A sum over rows repeats what is not in memory.
+                readers = (user for view in views_of(node) for user in view.users)
+                ends += [
+                    position[user] for user in readers if user in position and _over_rows(user)
+                ]
+        if ends:
+            parted[min(ends) + 1] += 1
+            parted[max(ends) + 1] -= 1
+    comes = [False] * (len(run) + 1)  # whether what runs next, views aside, stands alone
+    for p in reversed(range(len(run))):
+        comes[p] = comes[p + 1] if view_source(run[p]) is not None else is_extern(run[p])
+    cuts, is_open = [], 0
+    for p in range(1, len(run)):
+        is_open += parted[p]
+        if is_open or run[p].target is operator.getitem:
+            continue
+        before = run[p - 1]
+        if is_extern(source_op(before)) or (comes[p] and view_source(before) is None):
+            cuts.append(p)
+    return cuts
+
+
+def _depths(
+    run: Sequence[fx.Node], kept: Set[fx.Node] = frozenset()
+) -> tuple[dict[fx.Node, int], list[fx.Node]]:
     """(how many kernels must be through before each node can run, the nodes that may be fused).
 
     What is read only further on waits for its first reader: a value that backward makes again from
-    what forward kept is made where the gradient arrives, in the same kernel.
+    what forward kept is made where the gradient arrives, in the same kernel. The `kept` do not wait.
     """
     depth: dict[fx.Node, int] = {}
     fusible: list[fx.Node] = []
@@ -131,7 +174,7 @@ def _depths(run: Sequence[fx.Node]) -> tuple[dict[fx.Node, int], list[fx.Node]]:
         if _over_rows(node):
             alone.add(node)
     for node in reversed(run):
-        if node not in alone:
+        if node not in alone and node not in kept:
             readers = [depth[user] for user in node.users if user in depth]
             if readers and not any(user.op == "output" for user in node.users):
                 depth[node] = max(depth[node], min(readers))

@@ -68,12 +68,23 @@ class Seconds:
             later: nodes that run after these in the same pass.
             kept: nodes whose results stay for another pass.
         """
+        return sum(self.each(run, later, kept))
+
+    def each(
+        self,
+        run: Sequence[fx.Node],
+        later: Set[fx.Node] = frozenset(),
+        kept: Set[fx.Node] = frozenset(),
+    ) -> list[float]:
+        """Seconds by node of `run`; those of a fused kernel are at its last node. Arguments as `of`."""
         if not self.fused:
-            return sum(self.of_op(node) for node in run)
-        total = sum(self.of_op(node) for node in run if is_extern(node))
-        return total + sum(
-            self._memory_s(kernel.nbytes) for kernel in fused_kernels(run, later, kept)
-        )
+            return [self.of_op(node) for node in run]
+        spent = [self.of_op(node) if is_extern(node) else 0.0 for node in run]
+        position = {node: index for index, node in enumerate(run)}
+        for kernel in fused_kernels(run, later, kept):
+            last = max(position[node] for node in kernel.nodes)
+            spent[last] += self._memory_s(kernel.nbytes)
+        return spent
 
     def of_op(self, node: fx.Node) -> float:
         """Seconds of one op that runs alone; 0 for views."""

@@ -6,6 +6,8 @@ planner/schedule.py at the granularity of nodes: "before the compute node at thi
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from lohan_fx.errors import CaptureError, PassError
 from lohan_fx.planner import schedule
 from lohan_fx.program import Bucket, Move, Program, Slot, Tier
 
+from .fusion import free_cuts, source_op
 from .values import (
     dtype_name,
     readers,
@@ -84,12 +87,22 @@ class Weaver:
     def insert(self, moves: Iterable[schedule.Placed]) -> None:
         self.insertions += [Insertion(move) for move in moves]
 
-    def stage_start(self, position: int) -> int:
-        """The first position of the run of nodes of one stage that `position` is in."""
-        stage = self.compute[position].meta.get("lohan_stage")
-        while position > 0 and self.compute[position - 1].meta.get("lohan_stage") == stage:
-            position -= 1
-        return position
+    def free_cuts(self) -> list[int]:
+        """Ascending positions where a region may end without a kernel more: see fusion.free_cuts.
+
+        Ends of stages are among them, and both ends of the graph.
+        """
+        starts, stage = [], None
+        for position, node in enumerate(self.compute):
+            own = node.meta.get("lohan_stage", stage)
+            # What unpacks a tuple stays with it.
+            if position == 0 or (own != stage and source_op(node) is node):
+                starts.append(position)
+                stage = own
+        cuts = []
+        for start, end in itertools.pairwise([*starts, self.end]):
+            cuts += [start, *(start + p for p in free_cuts(self.compute[start:end]))]
+        return [*cuts, self.end]
 
     def stage_end(self, position: int) -> int:
         """Past the last position of the run of nodes of one stage that `position` is in."""
@@ -138,7 +151,8 @@ class Weaver:
         )
 
     def offloads(self, slots: Sequence[tuple[Slot, fx.Node]], window: int) -> None:
-        """Move swapped activations out at the end of the stage that reads them last."""
+        """Move swapped activations out at the first free cut after what reads them last."""
+        cuts = self.free_cuts() if slots else []
         leaving = []
         for slot, node in slots:
             last = max(
@@ -148,18 +162,24 @@ class Weaver:
                     if use in self.position
                 ),
             )
-            leaving.append(schedule.Use(self.stage_end(last), slot.index, slot.nbytes))
+            at = cuts[bisect.bisect_right(cuts, last)]
+            leaving.append(schedule.Use(at, slot.index, slot.nbytes))
         node_of = {slot.index: node for slot, node in slots}
         for move in schedule.offload_moves(leaving, self.end, window):
             tensor = node_of[move.arg] if move.op == "offload" else None
             self.insertions.append(Insertion(move, tensor))
 
     def reloads(self, slots: Sequence[tuple[Slot, fx.Node]], window: int) -> None:
-        """Bring swapped activations back by the start of the stage that reads them first."""
+        """Bring swapped activations back by the last free cut before what reads them first.
+
+        What backward computes again stands in its graph before its first reader, and reads there.
+        """
+        cuts = self.free_cuts() if slots else []
         waits = []
         for slot, placeholder in slots:
             first = min(self.position[user] for user in placeholder.users if user.op != "output")
-            waits.append(schedule.Use(self.stage_start(first), slot.index, slot.nbytes))
+            at = cuts[bisect.bisect_right(cuts, first) - 1]
+            waits.append(schedule.Use(at, slot.index, slot.nbytes))
         self.insert(schedule.reload_moves(waits, window))
 
     def gradients(self, gradient_of: Mapping[int, fx.Node]) -> None:
