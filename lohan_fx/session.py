@@ -7,6 +7,11 @@ programs, under the same placements if those can work.
 [Note: a program has its placements] Windows are sized, and weights waited for, by one plan. Where the
 next program to run has another plan, values and windows move first. Nothing moves before a capture
 is complete: it happens under Dynamo's fake tensors, and may fail.
+
+[Note: shapes in turns] Batches of two shapes may alternate for a whole run, so that their programs
+should have the same placements and staging. A new shape is planned under the placements that there
+are, and all under them get the same staging (planner.sharing). Where a new shape had to move values,
+the others are planned anew, once each, when they come again.
 """
 
 from __future__ import annotations
@@ -62,6 +67,7 @@ from .planner import (
     Solution,
     accumulator_bytes,
     default_overlap,
+    in_turns,
     solve,
     validate,
 )
@@ -82,6 +88,10 @@ Policy = str | Callable[[Problem, Forced], Solution]
 
 class PlanReady(LohanError):
     """Ends a capture that is made for its plan alone; never reaches the user."""
+
+
+class ComesAgain(LohanError):
+    """Ends a call whose program is to be planned anew; never reaches the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +123,7 @@ class Captured:
 
     training: bool
     plan: Plan
+    problem: Problem
     solution: Solution
     placements: tuple[BucketPlacement, ...]
     options: RuntimeOptions
@@ -143,7 +154,9 @@ class Session:
         self.seconds: dict[str, float] = {}  # spent before steps could run, by what on
         self._optimizer: weakref.ref[Adam] | None = None
         self._pending_state: dict[int, Mapping[str, Any]] = {}
-        self._placed: Captured | None = None  # whose placements and windows are in force
+        self._placed: Captured | None = None  # whose placements are in force
+        self._staged: RuntimeOptions | None = None  # in force
+        self._came_again: set[str] = set()  # fingerprints of problems that were planned anew
         self._known: set[int] = set()  # programs that the runtime has
         self._no_sync = False  # inside of no_sync()
         self._accumulates = False  # since no_sync() was first used
@@ -419,12 +432,15 @@ class Session:
         if traced.training:
             self._trained_by = overlap, self._accumulates
         solution = self._solve(problem, traced)
+        if traced.training:
+            solution = self._share_staging(problem, solution)
         captured = Captured(
             training=traced.training,
             plan=self._plan(problem, solution, traced, seconds.source),
+            problem=problem,
             solution=solution,
             placements=tuple(_placement(place) for place in solution.buckets),
-            options=self._options(solution, overlap),
+            options=self._options(solution, problem),
         )
         index = len(self.captured)
         self.captured.append(captured)
@@ -494,9 +510,18 @@ class Session:
         """Before a program runs: its values in their tiers, its windows, its optimizer.
 
         See [Note: a program has its placements].
+
+        Raises:
+            ComesAgain: for one that has run, under placements that are no longer; see
+                [Note: shapes in turns].
         """
         runtime, captured = self.runtime, self.captured[index]
         assert runtime is not None and captured.woven is not None
+        if captured.training and index in self._known and not self._is_placed(captured):
+            fingerprint = captured.problem.fingerprint()
+            if fingerprint not in self._came_again:
+                self._came_again.add(fingerprint)
+                raise ComesAgain("planned anew")
         if index not in self._known:
             runtime.add_program(captured.woven.program)
             self._known.add(index)
@@ -516,23 +541,53 @@ class Session:
                     },
                     progress,
                 )
-            self._adopted, self._placed = True, captured
+            self._adopted, self._placed, self._staged = True, captured, captured.options
             for pid, state in pending.items():
                 if "master" in state:
                     runtime.set_master(pid, state["master"])
                 runtime.set_steps(pid, int(state["step"]))
             pending.clear()
-        elif self._placed is None or not _runs_within(captured, self._placed):
+        elif not self._is_placed(captured) or self._must_restage(captured):
             with self.timed("place again"):
-                placed, self._placed = self._placed, None
+                placed, self._placed, self._staged = self._placed, None, None
                 runtime.place(captured.placements, captured.options)
-                self._placed = captured
+                self._placed, self._staged = captured, captured.options
             if captured.training and (placed is None or placed.placements != captured.placements):
                 self._forget_evaluation()
         optimizer = self._optimizer_now()
         if captured.training and optimizer is not None:
             runtime.attach(optimizer)
         runtime.no_sync = self._no_sync
+
+    def _is_placed(self, program: Captured) -> bool:
+        return self._placed is not None and program.placements == self._placed.placements
+
+    def _must_restage(self, program: Captured) -> bool:
+        """Evaluation has no gradients and no activations, and its weights fit any staging for them."""
+        return program.training and program.options != self._staged
+
+    def _share_staging(self, problem: Problem, solution: Solution) -> Solution:
+        """`solution` with the staging of all training programs under its placements, if one suits all."""
+        beside = [
+            captured
+            for captured in self.captured
+            if captured.training
+            and captured.complete
+            and captured.solution.buckets == solution.buckets
+            and captured.problem.overlap == problem.overlap
+            and captured.problem.accumulates == problem.accumulates
+        ]
+        if not beside or self.settings.plan_only:
+            return solution
+        shared = in_turns([(c.problem, c.solution) for c in beside] + [(problem, solution)])
+        if shared is None:
+            return solution
+        for captured, changed in zip(beside, shared, strict=False):
+            if changed is not captured.solution:
+                captured.solution = changed
+                captured.plan = captured.plan.with_solution(captured.problem, changed)
+                captured.options = self._options(changed, captured.problem)
+        return shared[-1]
 
     def _forget_evaluation(self) -> None:
         """Let evaluation be captured anew, under the placements that training has."""
@@ -568,7 +623,12 @@ class Session:
         if trains:
             refuse_autograd_modes()
             self._forget_training_unless_planned()
-        return self._run(self._compiled[torch.is_grad_enabled()], args, kwargs)
+        compiled = self._compiled[torch.is_grad_enabled()]
+        try:
+            return self._run(compiled, args, kwargs)
+        except ComesAgain:
+            torch._dynamo.reset_code(self._steps[True].__code__)
+            return self._run(compiled, args, kwargs)
 
     def evaluate(self, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> Any:
         """One forward, without gradients, of a module of the model as if it were the model."""
@@ -720,7 +780,8 @@ class Session:
         if late:
             raise CaptureError(
                 f"{late[0]!r} has a gradient in this step, but had none in the first one and so has no "
-                "optimizer state; make the first step use every parameter that is to be trained"
+                "optimizer state; make the first step use every parameter that is to be trained (later "
+                f"ones may leave some out), or freeze it ({len(late)} such parameter(s) in this step)"
             )
         if self.buckets or not self.trainable & reached:
             return
@@ -801,16 +862,16 @@ class Session:
                 )
             raise
 
-    def _options(self, solution: Solution, overlap: Overlap) -> RuntimeOptions:
+    def _options(self, solution: Solution, problem: Problem) -> RuntimeOptions:
         windows = solution.windows
         return RuntimeOptions(
-            overlap=str(overlap),
+            overlap=str(problem.overlap),
             grad_window_bytes=windows.grad_window_bytes,
             grad_buffers=windows.grad_buffers,
             state_buffers=windows.state_buffers,
             inbound_bytes=windows.inbound_bytes,
             outbound_bytes=windows.outbound_bytes,
-            accumulates=self._accumulates,
+            accumulates=problem.accumulates,
             poison=self.settings.poison,
         )
 
@@ -831,16 +892,6 @@ class Session:
             traced_on=str(self.device.type),
             seconds_from=seconds_from,
         )
-
-
-def _runs_within(program: Captured, placed: Captured) -> bool:
-    """True where `program` can run under the placements and windows of `placed`.
-
-    Evaluation has no gradients and no activations, and its weights fit the staging they have.
-    """
-    if program.placements != placed.placements:
-        return False
-    return not program.training or program.options == placed.options
 
 
 def _nbytes(value: Value) -> int:

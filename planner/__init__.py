@@ -15,6 +15,7 @@ optimal   the program's plan or any policy's that is better, with a proved bound
 lohan     LoHan's own algorithm
 policies  what other systems do
 choice    which of two plans is better
+sharing   windows for steps that run in turns
 words     why items are where they are, or why nothing fits
 validate  a checker that shares no code with cost and the solvers
 """
@@ -49,6 +50,7 @@ from lohan_fx.planner.problem import (
     Problem,
     Stage,
 )
+from lohan_fx.planner.sharing import in_turns
 from lohan_fx.planner.simulate import (
     MEMORY_CLASSES,
     Simulation,
@@ -138,6 +140,7 @@ __all__ = [
     "estimate",
     "gpu_occupants",
     "greedy",
+    "in_turns",
     "least_bytes",
     "predict",
     "simulate",

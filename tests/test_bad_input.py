@@ -274,23 +274,6 @@ class WithUnused(Linear):
         return self.inner(x).sum()
 
 
-def test_a_parameter_that_a_later_step_does_not_reach_is_named(tmp_path: Path) -> None:
-    """One that the first step does not reach is left alone: test_finetuning.py."""
-
-    class Sometimes(WithUnused):
-        def forward(self, x: torch.Tensor, both: bool = True) -> torch.Tensor:
-            return (self.unused(self.inner(x)) if both else self.inner(x)).sum()
-
-    model = compiled(Sometimes(), tmp_path)
-    optimizer = lohan_fx.AdamW(model.parameters())
-    train_one(model, optimizer, {"x": torch.ones(2, 4)})
-    words = r"loss does not depend on them: unused\.bias, unused\.weight; freeze"
-    with pytest.raises(CaptureError, match=words):
-        model(torch.ones(2, 4), both=False)
-    train_one(model, optimizer, {"x": torch.ones(2, 4)})
-    model.close()
-
-
 def test_freezing_a_parameter_that_the_loss_does_not_depend_on_works(tmp_path: Path) -> None:
     inner = WithUnused()
     inner.unused.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,13 @@ from loops import (
     steps,
     tokens,
 )
-from training import CASES, loss_of
+from training import CASES, Batch, loss_of
 
 import lohan_fx
+from lohan_fx import session
+from lohan_fx.compiler import dynamo
+from lohan_fx.planner import validate
+from lohan_fx.runtime import Runtime, RuntimeOptions
 
 MLP = CASES["mlp"]
 
@@ -129,21 +134,69 @@ def test_a_smaller_last_batch_and_other_lengths_agree_with_plain(tmp_path: Path)
     assert all(torch.equal(value, runs[1][1][name]) for name, value in runs[0][1].items())
 
 
-def test_a_larger_batch_than_the_first_moves_values_if_it_must(tmp_path: Path) -> None:
-    """And the budget holds for both shapes, in turns."""
-    small, large = tokens(0, batch=1, length=6), tokens(1, batch=8)
-    batches = [small, large, small, large]
-    theirs, ours = Tiny(), compiled(Tiny(), tmp_path, "gpu=420kB, dram=1MB")
+@pytest.fixture
+def placings(monkeypatch: pytest.MonkeyPatch) -> list[RuntimeOptions]:
+    """The options of every placing of any runtime: values and staging set up, or changed."""
+    found: list[RuntimeOptions] = []
+    place = Runtime.place
+
+    def counted(self: Runtime, placements: Any, options: RuntimeOptions) -> None:
+        found.append(options)
+        place(self, placements, options)
+
+    monkeypatch.setattr(Runtime, "place", counted)
+    return found
+
+
+def in_turns(first: Batch, second: Batch, budget: str, folder: Path) -> Any:
+    """Six steps of two batches in turns, as plain PyTorch has them; the model, within its budget."""
+    batches = [first, second] * 3
+    theirs, ours = Tiny(), compiled(Tiny(), folder, budget)
     optimizer = lohan_fx.AdamW(ours.parameters())
-    reference = plain_adamw(theirs)
-    assert_losses(steps(ours, optimizer, batches), steps(theirs, reference, batches))
+    assert_losses(steps(ours, optimizer, batches), steps(theirs, plain_adamw(theirs), batches))
     assert_same(ours, theirs)
-    first, second = ours._lohan.captured
-    assert first.placements != second.placements
-    peaks = ours._lohan.stats().peak_bytes
-    assert peaks["gpu"] <= 420_000
-    assert peaks["dram"] <= 1_000_000
-    ours.close()
+    peaks, limits = ours._lohan.stats().peak_bytes, ours._lohan.settings.capacities
+    assert peaks["gpu"] <= limits.gpu_bytes
+    assert peaks["dram"] <= limits.dram_bytes
+    return ours
+
+
+def test_shapes_in_turns_share_their_staging(
+    placings: list[RuntimeOptions], tmp_path: Path
+) -> None:
+    """Either alone would have other numbers of buffers here, as the next test shows."""
+    full, short = tokens(0), tokens(1, batch=1)
+    model = in_turns(full, short, "gpu=200kB, dram=420kB", tmp_path)
+    one, other = model._lohan.captured
+    assert one.placements == other.placements
+    assert one.options == other.options == placings[-1]
+    assert len(placings) <= 2
+    for captured in (one, other):
+        assert validate(captured.problem, captured.solution) == []
+        assert captured.plan.predicted == captured.solution.predicted
+    model.close()
+
+
+def test_staging_of_their_own_is_opened_anew_and_is_as_exact(
+    placings: list[RuntimeOptions], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where none suits both shapes: here, because none is looked for."""
+    monkeypatch.setattr(session, "in_turns", lambda steps: None)
+    in_turns(tokens(0), tokens(1, batch=1), "gpu=200kB, dram=420kB", tmp_path).close()
+    assert len(placings) == 6
+
+
+def test_a_larger_batch_than_the_first_moves_values_once(
+    placings: list[RuntimeOptions], tmp_path: Path
+) -> None:
+    """The smaller one is then planned anew, under the placements of the larger."""
+    small, large = tokens(0, batch=1, length=6), tokens(1, batch=8)
+    model = in_turns(small, large, "gpu=520kB, dram=1MB", tmp_path)
+    first, *later = model._lohan.captured
+    assert all(first.placements != captured.placements for captured in later)
+    assert len({captured.placements for captured in later}) == 1
+    assert len(placings) == 2
+    model.close()
 
 
 def test_many_lengths_are_one_program_each(tmp_path: Path) -> None:
@@ -154,6 +207,25 @@ def test_many_lengths_are_one_program_each(tmp_path: Path) -> None:
     batches = [{name: value[:size] for name, value in batch.items()} for size in range(2, 13)]
     assert_losses(steps(model, optimizer, batches), steps(plain, reference, batches))
     assert len(model._lohan.captured) == len(batches)
+    model.close()
+
+
+def test_more_shapes_than_there_may_be_are_refused_and_the_known_ones_train(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dynamo, "MAX_PROGRAMS", 3)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    model, plain = compiled(MLP.build(), tmp_path), MLP.build()
+    optimizer, reference = lohan_fx.AdamW(model.parameters()), plain_adamw(plain)
+    batches = [{name: value[:size] for name, value in MLP.batch(0).items()} for size in range(2, 6)]
+    losses = steps(model, optimizer, batches[:3])
+    words = "more than 3 sets of input shapes .* pad inputs to a few lengths"
+    with pytest.raises(lohan_fx.CaptureError, match=words):
+        model(**batches[3])
+    assert len(model._lohan.captured) == 3
+    losses += steps(model, optimizer, batches[:3])
+    assert_losses(losses, steps(plain, reference, batches[:3] * 2))
+    assert_same(model, plain)
     model.close()
 
 

@@ -13,9 +13,22 @@ from typing import Any
 
 import pytest
 import torch
-from loops import Tiny, assert_losses, assert_same, compiled, step, steps, tokens
+from loops import (
+    ROOMY,
+    TIGHT,
+    Block,
+    Tiny,
+    assert_losses,
+    assert_same,
+    compiled,
+    plain_adamw,
+    step,
+    steps,
+    tokens,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn import functional
 from training import CASES, RandomPolicy, gpt2, llama
 
 import lohan_fx
@@ -221,6 +234,54 @@ def test_an_unused_parameter_has_no_state_and_does_not_decay(tmp_path: Path) -> 
     moments = {t.name for t in model.plan.tensors if t.cls == "moments32"}
     assert not any("pooler" in name or "mask_token" in name for name in moments)
     model.close()
+
+
+class Branching(Tiny):
+    """Tiny with one more block, which only some forwards use, as with dropped layers."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.extra = Block(0.0)
+
+    def forward(
+        self, ids: torch.Tensor, labels: torch.Tensor | None = None, deep: bool = True
+    ) -> torch.Tensor:
+        assert labels is not None
+        x = self.embed(ids)
+        for block in (self.extra, *self.blocks) if deep else self.blocks:
+            x = block(x)
+        return functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("clip", [None, 0.5], ids=["during-backward", "clipped"])
+@pytest.mark.parametrize(
+    "budget", [ROOMY, "gpu=200kB, dram=1MB", TIGHT], ids=["gpu", "dram", "ssd"]
+)
+def test_parameters_that_some_steps_leave_out_are_updated_in_the_others(
+    budget: str, clip: float | None, tmp_path: Path
+) -> None:
+    """Their moments, their decay and their step counts wait for the next gradient."""
+    batches = [{**tokens(i, batch=2), "deep": i in (0, 1, 4)} for i in range(5)]
+    ours, theirs = compiled(Branching(), tmp_path, budget), Branching()
+    optimizer = lohan_fx.AdamW(ours.parameters(), weight_decay=0.3, max_grad_norm=clip)
+    reference = plain_adamw(theirs, weight_decay=0.3)
+    for batch in batches:
+        loss = step(ours, optimizer, batch)
+        expected = theirs(**batch)
+        expected.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        reference.step()
+        reference.zero_grad()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(ours, theirs)
+    counts = [
+        {index: int(state["step"]) for index, state in opt.state_dict()["state"].items()}
+        for opt in (optimizer, reference)
+    ]
+    assert counts[0] == counts[1]
+    assert set(counts[0].values()) == {3, 5}
+    ours.close()
 
 
 def test_a_parameter_that_the_first_step_leaves_out_may_not_come_back(tmp_path: Path) -> None:

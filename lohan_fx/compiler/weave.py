@@ -318,10 +318,10 @@ def weave_training(
     Args:
         param_index: position among the graph's original inputs -> pid.
         swapped: name of a saved value -> the tier it goes to.
-        trainable: pids that must receive a gradient.
+        trainable: pids that may receive a gradient; those that do not are left out of the step.
 
     Raises:
-        CaptureError: a trainable parameter gets no gradient, or an output shows a parameter's bytes.
+        CaptureError: no trainable parameter gets a gradient, or an output shows a parameter's bytes.
     """
     fw, bw = Weaver(forward.graph, number), Weaver(backward.graph, number)
     fw_params = managed_params(forward.graph, param_index)
@@ -524,15 +524,15 @@ def _gradients(
                     "(sparse=False on the embedding)"
                 )
             found[pid] = node
-    missing = sorted(names[pid] for pid in trainable - found.keys())
-    if missing:
+    gradients = {pid: node for pid, node in found.items() if pid in trainable}
+    if trainable and not gradients:
+        missing = sorted(names[pid] for pid in trainable)
         raise CaptureError(
             f"{len(missing)} parameter(s) require a gradient but the loss does not depend on them: "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; freeze them with "
-            "requires_grad_(False) before lohan_fx.compile (parameters that the very first call, a "
-            "training step, does not use are left alone)"
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}; look for a detach() or a "
+            "no_grad() between them and the loss"
         )
-    return {pid: node for pid, node in found.items() if pid in trainable}
+    return gradients
 
 
 def _refuse_returned_params(

@@ -314,6 +314,22 @@ class Plan:
         """The same plan with what moves when, known once the graph has been rewritten."""
         return dataclasses.replace(self, schedule=_moves(schedule))
 
+    def with_solution(self, problem: Problem, solution: Solution) -> Plan:
+        """The same plan under other windows: `solution` has every tensor where it was."""
+        rate, before = self.throughput.tokens_per_s, self.predicted
+        changed = dataclasses.replace(
+            self,
+            solution=solution,
+            predicted=solution.predicted,
+            reasons=_summary(solution),
+            timeline=Timeline.of(
+                simulate(problem, solution.buckets, solution.activations, solution.windows)
+            ),
+        )
+        if rate is None or before is None:
+            return changed
+        return changed.with_tokens(round(rate * before.step_s))
+
     def with_measured(self, measured: Mapping[str, Any]) -> Plan:
         """The same plan with what a run measured, in the keys of `predicted`."""
         return dataclasses.replace(self, measured=measured)
