@@ -20,7 +20,10 @@ class GradScaler(torch.amp.GradScaler):
     off at update(), and `opt.skipped_steps` counts it.
 
     Make it before the model's first forward: updates must wait for step(), which `overlap="auto"`
-    then sees to; a model that exists already is planned anew at its next forward.
+    then sees to; a model that exists already is planned anew at its next forward. Which model a scaler
+    is for shows only in step(), after that forward; so as long as an enabled one exists, every model
+    of the process under "auto" waits for step(). Delete a scaler that is not used any more
+    (`del scaler`), or give models without scaling an `overlap` of their own.
 
     Args:
         device: where the scale is; None is "cuda" where there is one, else "cpu".
