@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
+from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner.cost import Ledger, Room, estimate
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
-from lohan_fx.planner.simulate import predict
+from lohan_fx.planner.simulate import simulate, simulated
 from lohan_fx.planner.solution import Forced, Prediction, Solution
 from lohan_fx.units import format_bytes
 
 SECONDS_PER_DAY = 86400
+# Steps that differ by no more than this share are the same.
+SAME_STEP = 1e-6
 
 
 class Scarce(enum.IntEnum):
@@ -87,10 +91,24 @@ def finish(problem: Problem, ledger: Ledger, room: Room, policy: str = "") -> So
     )
 
 
-def replayed(problem: Problem, solution: Solution) -> Solution:
-    """The solution with the seconds of a simulation in place of the estimate."""
-    predicted = predict(problem, solution.buckets, solution.activations, solution.windows)
-    return dataclasses.replace(solution, predicted=predicted)
+class NotFaster(InfeasiblePlan):
+    """A plan fits, but its busiest lane alone takes longer than another plan's whole step."""
+
+
+def replayed(problem: Problem, solution: Solution, cutoff_s: float = math.inf) -> Solution:
+    """The solution with the seconds of a simulation in place of the estimate it has.
+
+    Raises NotFaster, without a replay, where no replay of it is below `cutoff_s` seconds.
+    """
+    estimated = solution.predicted
+    if estimated.bound_s > cutoff_s * (1 + SAME_STEP):
+        raise NotFaster(
+            f"this plan takes {estimated.bound_s:.3g} s or more; {cutoff_s:.3g} s is known"
+        )
+    if math.isinf(estimated.step_s):
+        return solution
+    simulation = simulate(problem, solution.buckets, solution.activations, solution.windows)
+    return dataclasses.replace(solution, predicted=simulated(estimated, simulation))
 
 
 def all_on_gpu(problem: Problem, forced: Forced, policy: str = "") -> Solution | None:
@@ -115,17 +133,18 @@ def fits_at_all(problem: Problem, ledger: Ledger, rooms: Sequence[Room] = tuple(
     )
 
 
-def fitting(problem: Problem, ledger: Ledger, policy: str) -> Solution:
+def fitting(problem: Problem, ledger: Ledger, policy: str, cutoff_s: float = math.inf) -> Solution:
     """The solution of a placement at the widest windows that fit.
 
-    Raises NothingFits where none do, naming what there is too little of.
+    Raises NothingFits where none do, naming what there is too little of, and NotFaster where no
+    windows make it take less than `cutoff_s`.
     """
     for room in sorted(Room, reverse=True):
         if fits_at_all(problem, ledger, (room,)):
             solution = finish(problem, ledger, room, policy)
             if solution is None:
                 continue
-            solution = replayed(problem, solution)
+            solution = replayed(problem, solution, cutoff_s)
             if not any(excess_of(problem, solution.predicted)):
                 return solution
     have = problem.capacities

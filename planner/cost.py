@@ -422,6 +422,7 @@ class Ledger:
         self._sizes: dict[str, Counter[int]] = {
             sort: Counter() for sort in ("fetch", "swap", "grad", "state", "inbound", "outbound")
         }
+        self._top: dict[str, int] = {}  # the largest of each sort, where it is known
         for index, place in enumerate(self.buckets):
             self._count_bucket(index, place, 1)
         for index, kept in enumerate(self.activations):
@@ -431,9 +432,10 @@ class Ledger:
         """A ledger of the same placement, to be moved on its own."""
         other = copy.copy(self)
         for name, value in vars(self).items():
-            if isinstance(value, np.ndarray | list):
+            if isinstance(value, np.ndarray | list | Counter):
                 setattr(other, name, value.copy())
         other._sizes = {sort: counts.copy() for sort, counts in self._sizes.items()}
+        other._top = self._top.copy()
         return other
 
     def move_bucket(self, index: int, place: BucketPlace) -> None:
@@ -470,9 +472,15 @@ class Ledger:
         sizes[num_bytes] += sign
         if not sizes[num_bytes]:
             del sizes[num_bytes]
+            if self._top.get(sort) == num_bytes:
+                del self._top[sort]
+        elif sort in self._top:
+            self._top[sort] = max(self._top[sort], num_bytes)
 
     def _largest(self, sort: str) -> int:
-        return max(self._sizes[sort], default=0)
+        if sort not in self._top:
+            self._top[sort] = max(self._sizes[sort], default=0)
+        return self._top[sort]
 
     def _occupy(self, spans: list[Span], sign: int) -> None:
         for start, end, size in spans:
@@ -518,7 +526,10 @@ class Ledger:
     def _count_activation(self, index: int, place: Place, sign: int) -> None:
         problem, activation = self.problem, self.problem.activations[index]
         interval = self.intervals[index]
-        self.traffic += sign * activation_traffic(activation, place)
+        key = activation.bytes, activation.recompute_s, place
+        if key not in self._known_traffic:
+            self._known_traffic[key] = activation_traffic(activation, place)
+        self.traffic += sign * self._known_traffic[key]
         self._occupy(activation_spans(problem, activation, place, interval), sign)
         if place not in (Place.DRAM, Place.SSD):
             return

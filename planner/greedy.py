@@ -8,6 +8,7 @@ part of the score so that ties go to the move that moves less.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,19 +42,21 @@ _ORDERS: tuple[tuple[Scarce, ...], ...] = (
 )
 
 
-def greedy(problem: Problem, forced: Forced | None = None) -> Solution:
+def greedy(problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf) -> Solution:
     """A plan that fits, fast by greedy choice.
 
-    Raises NothingFits, with the least each tier must hold, where none is found, and InfeasiblePlan
-    for a forced placement that no plan can have.
+    Raises NothingFits, with the least each tier must hold, where none is found, InfeasiblePlan
+    for a forced placement that no plan can have, and NotFaster where the plan's step cannot be below
+    `cutoff_s` seconds.
     """
     forced = forced or Forced()
     check_forced(problem, forced)
     best = _search(problem, forced)
     if best is None:
         raise nothing_fits(problem, forced, _without_bound(problem, forced))
-    best = replayed(problem, best)
     bound = problem.max_ssd_bytes_per_day
+    # What is too fast for the bound is replaced by another plan below.
+    best = replayed(problem, best, cutoff_s if bound is None else math.inf)
     if bound is not None and any(excess_of(problem, best.predicted)):
         best = _within(bound, problem, forced, best)
     return with_reasons(problem, dataclasses.replace(best, policy="greedy"), forced)

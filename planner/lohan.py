@@ -16,6 +16,7 @@ left goes to SSD.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,8 +35,10 @@ from lohan_fx.planner.problem import (
 from lohan_fx.planner.solution import Forced, Solution
 
 
-def lohan(problem: Problem, forced: Forced | None = None) -> Solution:
-    """LoHan's placement. Raises NothingFits, naming the tier, where it does not fit."""
+def lohan(problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf) -> Solution:
+    """LoHan's placement. Raises NothingFits, naming the tier, where it does not fit, and NotFaster
+    where its step cannot be below `cutoff_s` seconds.
+    """
     forced = forced or Forced()
     check_forced(problem, forced)
     on_ssd = BucketPlace(Place.SSD, Place.SSD)
@@ -45,7 +48,7 @@ def lohan(problem: Problem, forced: Forced | None = None) -> Solution:
         forced.activations.get(a.index, _unswapped(problem, a)) for a in problem.activations
     ]
     if not swapped:
-        return fitting(problem, Ledger(problem, buckets, activations), "lohan")
+        return fitting(problem, Ledger(problem, buckets, activations), "lohan", cutoff_s)
     for index in swapped:
         activations[index] = Place.SSD
     ledger = Ledger(problem, buckets, activations)
@@ -56,7 +59,7 @@ def lohan(problem: Problem, forced: Forced | None = None) -> Solution:
         if size <= spare:
             ledger.move_activation(index, Place.DRAM)
             spare -= size
-    return fitting(problem, ledger, "lohan")
+    return fitting(problem, ledger, "lohan", cutoff_s)
 
 
 def offloading_benefit(activation: Activation) -> float:

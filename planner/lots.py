@@ -103,7 +103,7 @@ def stock(problem: Problem, forced: Forced, relaxed: bool) -> Stock:
         base[num_positions - 2 - stage.index] += stage.backward_workspace_bytes
     lots = []
     groups: list[tuple[Group, AnyPlace | None]] = [
-        *((group, None) for group in group_items(problem, forced)),
+        *((group, None) for group in group_items(problem, forced, exact=relaxed)),
         *pinned_groups(problem, forced),
     ]
     for group, pinned in groups:
@@ -139,10 +139,10 @@ def _lot(
 ) -> Lot:
     places: list[AnyPlace]
     if group.is_bucket:
-        bucket = problem.buckets[group.members[0]]
+        bucket = problem.buckets[group.typical]
         places = list(bucket_places(bucket))
     else:
-        activation = problem.activations[group.members[0]]
+        activation = problem.activations[group.typical]
         places = list(activation_places(activation))
         if not relaxed and not is_redone_in_place(problem, activation):
             places = [p for p in places if p is not R]
@@ -259,11 +259,11 @@ def _presence(
             activation = problem.activations[index]
             for start, end, _ in activation_spans(problem, activation, G, kept[index]):
                 held[row, start:end] = 1
-        size = align_up(problem.activations[group.members[0]].bytes, GPU_ALIGN)
+        size = align_up(problem.activations[group.typical].bytes, GPU_ALIGN)
         if keeps and size:
             found.append(Presence(keeps, size, _zeros(held & (1 - used), relaxed)))
         return tuple(found)
-    bucket = problem.buckets[group.members[0]]
+    bucket = problem.buckets[group.typical]
     weights = tuple(k for k, p in enumerate(places) if isinstance(p, BucketPlace) and p.weight is G)
     states = tuple(k for k, p in enumerate(places) if isinstance(p, BucketPlace) and p.state is G)
     size = align_up(bucket.weight_bytes, GPU_ALIGN)

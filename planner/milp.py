@@ -61,11 +61,16 @@ _MOST_LEVELS = 8
 # Rounds of adding the positions that a solution violates, and how many a round.
 _MOST_ROUNDS = 10
 _NEW_POSITIONS = 6
+# With many lots, which make a solve slow: a bound is one after any round, and repairs mend counts.
+_FEW_ROUNDS = 3
 _MIP_GAP = 1e-4
 # Share of a capacity by which a row may be violated; repairs take care of it.
 _TOLERATED = 1e-6
 # Limits that do not depend on the clock: the same problem has the same answer everywhere.
 _MOST_NODES = 500
+# Above this many lots the relaxation is rounded: of its counts no more than a few are fractions, about
+# one a row that limits the step.
+_MOST_INTEGRAL_LOTS = 100
 # Steps within this share are equals, among which SSD writes and then DRAM decide.
 _EQUAL = 1e-6
 # What a proof in floating point gives away, as a share.
@@ -94,6 +99,8 @@ def place_counts(
     relaxed = _Program(problem, forced, room, integral=False)
     if not relaxed.settle() or relaxed.bound_s() >= cutoff_s:
         return None
+    if not relaxed.has_few_lots:
+        return relaxed.rounded()
     exact = _Program(problem, forced, room, integral=True, positions=relaxed.positions)
     if not exact.settle():
         return None
@@ -107,6 +114,8 @@ def bound_seconds(problem: Problem, forced: Forced) -> float | None:
     if not relaxed.settle():
         return None
     bound = relaxed.bound_s()
+    if not relaxed.has_few_lots:
+        return bound * (1 - _PROOF_SLACK)
     exact = _Program(problem, forced, None, integral=True, positions=relaxed.positions)
     if exact.solve():
         bound = max(bound, exact.bound_s())
@@ -158,7 +167,7 @@ class _Program:
 
     def settle(self) -> bool:
         """Solve, adding positions that are violated until none is; False without a solution."""
-        for _ in range(_MOST_ROUNDS):
+        for _ in range(_MOST_ROUNDS if self.has_few_lots else _FEW_ROUNDS):
             if not self.solve():
                 return False
             violated = self._violated()
@@ -182,6 +191,18 @@ class _Program:
             counts=self._values(),
             step_s=self._scale_s * sum(float(v.solution_value()) for v in self._seconds),
         )
+
+    @property
+    def has_few_lots(self) -> bool:
+        return len(self.stock.lots) <= _MOST_INTEGRAL_LOTS
+
+    def rounded(self) -> Answer:
+        """The answer with whole counts, those of a lot still adding up to its size."""
+        found = self.answer()
+        counts = tuple(
+            _whole(row, lot.size) for lot, row in zip(found.lots, found.counts, strict=True)
+        )
+        return Answer(found.lots, counts, found.step_s)
 
     def bound_s(self) -> float:
         """Seconds below which no solution of this program is. Before `with_fewer_writes` only."""
@@ -515,6 +536,15 @@ class _Program:
                 for position in _moves_at(self.problem, self.stock, lot, index, sort):
                     moved[position] += largest
         return moved
+
+
+def _whole(row: Sequence[float], total: int) -> tuple[float, ...]:
+    """Whole numbers that add up to `total`, each near its own: the largest remainders round up."""
+    floors = [math.floor(n + 1e-9) for n in row]
+    by_remainder = sorted(range(len(row)), key=lambda k: (floors[k] - row[k], k))
+    for k in by_remainder[: total - sum(floors)]:
+        floors[k] += 1
+    return tuple(floors)
 
 
 def _moves_at(problem: Problem, held: Stock, lot: Lot, index: int, sort: str) -> list[int]:

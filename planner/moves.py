@@ -1,11 +1,13 @@
 """Moves of groups of items, and what making them does to one placement.
 
 Items that differ in name and stage only gain the same by the same move, so one of each group is
-scored, all groups in one vectorised call, and 128 layers cost what 8 do.
+scored, all groups in one vectorised call, and 128 layers cost what 8 do. Where hardly two items are
+alike, those of about the same size share a group; what a move costs is still each item's own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,16 +43,27 @@ NO_GAIN = 1e-12
 _MOST_REFUSALS = 12
 # Of a group with more members than this, several are moved before moves are scored again.
 _SHARE_AT_ONCE = 12
+# Of more moves than this, several are made before they are scored again.
+_ROWS_AT_ONCE = 1000
 
 AnyPlace = BucketPlace | Place
 
 
+# Above this many groups of identical items, items of about the same size are grouped.
+_MOST_GROUPS = 150
+_LEAST_WIDTH = 1.02
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Items with the same moves and the same gains, in the order in which they are moved."""
+    """Items with the same moves and about the same gains, in the order in which they are moved.
+
+    `typical` is the one whose gains and sizes stand for all.
+    """
 
     is_bucket: bool
     members: tuple[int, ...]
+    typical: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +73,35 @@ class Move:
     target: AnyPlace
 
 
-def group_items(problem: Problem, forced: Forced) -> list[Group]:
+def group_items(problem: Problem, forced: Forced, *, exact: bool = False) -> list[Group]:
     """Free items by what determines their gains.
 
     Buckets: the earliest stage first, since its gradients come last and its weights are read first.
-    Activations: the latest first, since it is kept for the shortest time.
+    Activations: the latest first, since it is kept for the shortest time. Where that makes too many
+    groups and they need not be `exact`, sizes within a factor of one another count as the same; the
+    factor is `_LEAST_WIDTH` squared as often as it takes.
     """
+    groups = _grouped(problem, forced, 0.0)
+    width = math.log(_LEAST_WIDTH)
+    while not exact and len(groups) > _MOST_GROUPS and width < _MOST_WIDTH:
+        groups = _grouped(problem, forced, width)
+        width *= 2
+    return groups
+
+
+# The logarithm of a factor that no two sizes in use differ by.
+_MOST_WIDTH = 64.0
+
+
+def _grouped(problem: Problem, forced: Forced, width: float) -> list[Group]:
+    """Free items, grouped by sizes that are the same, or within a factor of exp(`width`)."""
     by_key: dict[tuple[object, ...], list[int]] = {}
     for b in problem.buckets:
         if b.index not in forced.buckets:
-            by_key.setdefault(_bucket_key(b), []).append(b.index)
+            by_key.setdefault(_bucket_key(b, width), []).append(b.index)
     for a in problem.activations:
         if a.index not in forced.activations:
-            by_key.setdefault(_activation_key(problem, a), []).append(a.index)
+            by_key.setdefault(_activation_key(problem, a, width), []).append(a.index)
     return _in_order(problem, by_key)
 
 
@@ -86,20 +115,25 @@ def pinned_groups(problem: Problem, forced: Forced) -> list[tuple[Group, AnyPlac
         by_key.setdefault((*key, kept), []).append(index)
     groups = _in_order(problem, by_key)
     return [
-        (g, forced.buckets[g.members[0]] if g.is_bucket else forced.activations[g.members[0]])
+        (g, forced.buckets[g.typical] if g.is_bucket else forced.activations[g.typical])
         for g in groups
     ]
 
 
-def _bucket_key(b: Bucket) -> tuple[object, ...]:
+def _bucket_key(b: Bucket, width: float = 0.0) -> tuple[object, ...]:
     reads = bool(b.forward_stages), bool(b.backward_stages)
-    size = b.numel, b.weight_bytes, b.grad_bytes, b.state_bytes
+    size = (_size_class(n, width) for n in (b.numel, b.weight_bytes, b.grad_bytes, b.state_bytes))
     return (True, *size, b.has_master, b.trainable, *reads)
 
 
-def _activation_key(problem: Problem, a: Activation) -> tuple[object, ...]:
+def _activation_key(problem: Problem, a: Activation, width: float = 0.0) -> tuple[object, ...]:
     redone = a.can_recompute, is_redone_in_place(problem, a)
-    return (False, a.bytes, a.recompute_s, a.can_swap, *redone)
+    size = _size_class(a.bytes, width), _size_class(a.recompute_s, width)
+    return (False, *size, a.can_swap, *redone)
+
+
+def _size_class(amount: float, width: float) -> float:
+    return math.floor(math.log(amount) / width) if width and amount > 0 else amount
 
 
 def _in_order(problem: Problem, by_key: dict[tuple[object, ...], list[int]]) -> list[Group]:
@@ -109,8 +143,19 @@ def _in_order(problem: Problem, by_key: dict[tuple[object, ...], list[int]]) -> 
             members.sort(key=lambda i: _first_stage(problem.buckets[i]))
         else:
             members.sort(key=lambda i: -problem.activations[i].forward_stage)
-        groups.append(Group(bool(kind[0]), tuple(members)))
+        groups.append(
+            Group(bool(kind[0]), tuple(members), _typical(problem, bool(kind[0]), members))
+        )
     return groups
+
+
+def _typical(problem: Problem, is_bucket: bool, members: Sequence[int]) -> int:
+    """The member of the middle size."""
+    if is_bucket:
+        by_size = sorted(members, key=lambda i: problem.buckets[i].weight_bytes)
+    else:
+        by_size = sorted(members, key=lambda i: problem.activations[i].bytes)
+    return by_size[len(members) // 2]
 
 
 def _first_stage(bucket: Bucket) -> int:
@@ -146,7 +191,7 @@ class Search:
         traffic: list[Floats] = []
         sizes: list[list[int]] = []
         for number, group in enumerate(self.groups):
-            item = self._item(group, group.members[0])
+            item = self._item(group, group.typical)
             places = self._places(item)
             costs = {place: self._traffic(item, place) for place in places}
             held = {place: item_bytes(item, place) for place in places}
@@ -243,6 +288,7 @@ class Search:
         """
         cursors = Cursors(self, ledger, rows)
         measure = measure or self.gains
+        at_once = 1 + len(rows) // _ROWS_AT_ONCE
         for _ in range(limit):
             if done():
                 return
@@ -256,13 +302,37 @@ class Search:
                 return
             top = scores[usable].max()
             near = usable[scores[usable] >= top - abs(top) * 1e-9]
-            at = int(min(near, key=lambda k: (self.sizes[rows[k], 2], self.sizes[rows[k], 1])))
-            more = len(self.groups[cursors.moves[at].group].members) // _SHARE_AT_ONCE
-            while self._try(ledger, cursors, at, accept) and more > 0 and not done():
+            best = int(near[np.lexsort((self.sizes[rows[near], 1], self.sizes[rows[near], 2]))[0]])
+            more = len(self.groups[cursors.moves[best].group].members) // _SHARE_AT_ONCE
+            while self._try(ledger, cursors, best, accept) and more > 0 and not done():
                 # Where nothing else has become the bottleneck, the same move is the best again.
-                if measure(ledger, rows[at : at + 1])[0] < gains[at] * (1 - 1e-6):
+                if not self._gains_as_before(ledger, rows, best, gains, measure):
                     break
                 more -= 1
+            if at_once == 1:
+                continue
+            # Of many groups of few members, the next best too.
+            for at in map(int, usable[np.argsort(-scores[usable], kind="stable")[:at_once]]):
+                if done():
+                    return
+                if (
+                    at != best
+                    and cursors.current(at) is not None
+                    and self._gains_as_before(ledger, rows, at, gains, measure)
+                ):
+                    self._try(ledger, cursors, at, accept)
+
+    def _gains_as_before(
+        self,
+        ledger: Ledger,
+        rows: Ints,
+        at: int,
+        gains: Floats,
+        measure: Callable[[Ledger, Ints], Floats],
+    ) -> bool:
+        before = float(gains[at])
+        now = float(measure(ledger, rows[at : at + 1])[0])
+        return now >= before - abs(before) * 1e-6
 
     def _try(
         self,
@@ -307,10 +377,14 @@ class Cursors:
         self._at = [0] * len(self.moves)
         self._refused: list[set[int]] = [set() for _ in self.moves]
         self._given_up = [False] * len(self.moves)
-        self._rank = [{m: k for k, m in enumerate(g.members)} for g in self._groups]
+        self._rank: dict[int, dict[int, int]] = {}
+        self._of_group: dict[int, list[int]] = {}
         self._from: dict[tuple[int, AnyPlace], list[int]] = {}
         for k, move in enumerate(self.moves):
+            self._of_group.setdefault(move.group, []).append(k)
             self._from.setdefault((move.group, move.source), []).append(k)
+        self._alive = np.zeros(len(self.moves), dtype=np.bool_)
+        self._changed = set(range(len(self.moves)))  # moves for which _alive may be wrong
 
     def current(self, k: int) -> int | None:
         """The member that the move numbered `k` would move; None if there is none left."""
@@ -334,12 +408,19 @@ class Cursors:
             self._refused[k].add(index)
         if all_alike or len(self._refused[k]) >= _MOST_REFUSALS:
             self._given_up[k] = True
+        self._changed.add(k)
 
     def entered(self, group: int, place: AnyPlace, index: int) -> None:
         """A member arrived at `place`: moves from there may take it."""
+        if group not in self._rank:
+            self._rank[group] = {m: k for k, m in enumerate(self._groups[group].members)}
         for k in self._from.get((group, place), ()):
             self._at[k] = min(self._at[k], self._rank[group][index])
+        self._changed.update(self._of_group[group])
 
     def alive(self) -> Ints:
-        found = [k for k in range(len(self.moves)) if self.current(k) is not None]
-        return np.array(found, dtype=np.int64)
+        """Numbers of the moves that have a member left."""
+        for k in self._changed:
+            self._alive[k] = self.current(k) is not None
+        self._changed.clear()
+        return np.flatnonzero(self._alive)

@@ -14,13 +14,13 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lohan_fx.errors import InfeasiblePlan
-from lohan_fx.planner.choice import all_on_gpu, excess_of, finish, rank, replayed
+from lohan_fx.planner.choice import NotFaster, all_on_gpu, excess_of, finish, rank, replayed
 from lohan_fx.planner.cost import Ledger, Room, step_seconds
 from lohan_fx.planner.greedy import greedy, improve
-from lohan_fx.planner.least import check_forced
+from lohan_fx.planner.least import check_forced, is_redone_in_place
 from lohan_fx.planner.lots import Lot
 from lohan_fx.planner.moves import AnyPlace, Search, group_items
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
@@ -28,13 +28,15 @@ from lohan_fx.planner.simulate import predict
 from lohan_fx.planner.solution import Forced, Optimality, Solution
 from lohan_fx.planner.words import with_reasons
 
-Solver = Callable[[Problem, Forced | None], Solution]
+# The last argument is the seconds of a step that is known: see choice.NotFaster.
+Rival = Callable[[Problem, Forced | None, float], Solution]
 
 
-def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Solver]) -> Solution:
+def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]) -> Solution:
     """The best plan found, with a bound on how good any could be.
 
-    `rivals` are policies besides greedy whose plans compete; one that fits nothing is left out.
+    `rivals` are policies besides greedy whose plans compete; one that fits nothing is left out, and
+    so is one that is proved to be slower than the best so far.
 
     Raises NothingFits, with the least each tier must hold, where nothing is found, and
     InfeasiblePlan for a forced placement that no plan can have.
@@ -45,19 +47,19 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Solver
     best = all_on_gpu(problem, forced)
     failure: NothingFits | None = None
     if best is None:
-        replays = (replayed(problem, solution) for solution in placements(problem, forced))
-        found = [s for s in replays if not any(excess_of(problem, s.predicted))]
+        best = _best_replayed(problem, placements(problem, forced))
         for solver in (greedy, *rivals.values()):
             try:
-                found.append(solver(problem, forced))
+                rival = solver(problem, forced, best.predicted.step_s if best else math.inf)
             except NothingFits as exc:
                 failure = failure or exc
             except InfeasiblePlan:
                 continue
-        if not found:
+            else:
+                best = min(best, rival, key=rank) if best else rival
+        if best is None:
             assert failure is not None
             raise failure
-        best = min(found, key=rank)
         mixed = _mixed(problem, forced, best)
         if mixed is not None:
             best = min(best, mixed, key=rank)
@@ -66,6 +68,28 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Solver
     best = dataclasses.replace(best, policy="optimal", optimality=None)
     proof = _proof(problem, forced, best, begun)
     return with_reasons(problem, dataclasses.replace(best, optimality=proof), forced)
+
+
+def _best_replayed(problem: Problem, estimated: Iterable[Solution]) -> Solution | None:
+    """The best, when replayed, of solutions with estimates; None if none keeps all bounds.
+
+    They come with the widest windows first, and narrower ones are replayed only where the estimate,
+    which does not know what wide ones hide, says that they are faster.
+    """
+    best: Solution | None = None
+    best_estimate_s = math.inf
+    for solution in estimated:
+        estimate_s = solution.predicted.step_s
+        if estimate_s > best_estimate_s:
+            continue
+        try:
+            now = replayed(problem, solution, best.predicted.step_s if best else math.inf)
+        except NotFaster:
+            continue
+        if not any(excess_of(problem, now.predicted)):
+            best_estimate_s = min(best_estimate_s, estimate_s)
+            best = min(best, now, key=rank) if best else now
+    return best
 
 
 def _proof(problem: Problem, forced: Forced, solution: Solution, begun: float) -> Optimality | None:
@@ -102,12 +126,27 @@ def placements(problem: Problem, forced: Forced) -> Iterator[Solution]:
         if answer is None:
             continue
         search = Search(problem, forced, room)
-        ledger = Ledger(problem, *_spelled_out(problem, answer.lots, answer.counts))
+        ledger = _opened(problem, *_spelled_out(problem, answer.lots, answer.counts))
         if improve(search, ledger):
             solution = finish(problem, ledger, room, "optimal")
             if solution is not None:
                 best_s = min(best_s, search.step_s(ledger))
                 yield solution
+
+
+def _opened(
+    problem: Problem, buckets: Sequence[BucketPlace], activations: Sequence[Place]
+) -> Ledger:
+    """A ledger in which everything that may be recomputed can still become so."""
+    widest = [
+        Place.RECOMPUTE if is_redone_in_place(problem, a) else place
+        for a, place in zip(problem.activations, activations, strict=True)
+    ]
+    ledger = Ledger(problem, buckets, widest)
+    for index, place in enumerate(activations):
+        if place is not widest[index]:
+            ledger.move_activation(index, place)
+    return ledger
 
 
 def _spelled_out(

@@ -2,15 +2,17 @@
 
 Each function decides where things live as its system would; movement, windows and the simulator are
 ours, so that plans differ in placement (and, through `default_overlap`, in when the optimizer runs)
-and in nothing else. One that cannot run raises NothingFits, naming the tier.
+and in nothing else. One that cannot run raises NothingFits, naming the tier; one whose step cannot be
+below `cutoff_s` seconds may raise NotFaster instead of being replayed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
-from lohan_fx.planner.choice import fits_at_all, fitting, replayed
+from lohan_fx.planner.choice import NotFaster, fits_at_all, fitting, replayed
 from lohan_fx.planner.cost import Ledger, Room
 from lohan_fx.planner.least import check_forced, is_redone_in_place
 from lohan_fx.planner.problem import (
@@ -41,7 +43,9 @@ def default_overlap(policy: str) -> Overlap | None:
 # ---- DeepSpeed ----
 
 
-def zero_infinity(problem: Problem, forced: Forced | None = None) -> Solution:
+def zero_infinity(
+    problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf
+) -> Solution:
     """ZeRO-Infinity (SC 2021, arXiv 2104.07857) with everything offloaded to NVMe.
 
     Weights and optimizer state are on SSD and stream layer by layer; activation checkpointing keeps
@@ -49,10 +53,12 @@ def zero_infinity(problem: Problem, forced: Forced | None = None) -> Solution:
     """
     forced = _checked(problem, forced)
     ledger = _ledger(problem, forced, (S, S), _checkpointed(problem))
-    return fitting(problem, ledger, "zero-infinity")
+    return fitting(problem, ledger, "zero-infinity", cutoff_s)
 
 
-def zero_offload(problem: Problem, forced: Forced | None = None) -> Solution:
+def zero_offload(
+    problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf
+) -> Solution:
     """ZeRO-Offload (USENIX ATC 2021, arXiv 2101.06840), in DeepSpeed's ZeRO-3 form.
 
     Optimizer state is in DRAM and the CPU updates it after the backward. 16-bit weights stay on the
@@ -60,34 +66,43 @@ def zero_offload(problem: Problem, forced: Forced | None = None) -> Solution:
     recomputed.
     """
     forced = _checked(problem, forced)
+    homes = ((G, D), (D, D))
     return _first_that_fits(
-        problem, forced, "zero-offload", ((G, D), (D, D)), _checkpointed(problem)
+        problem, forced, "zero-offload", homes, _checkpointed(problem), cutoff_s
     )
 
 
 # ---- activations only ----
 
 
-def keep_all(problem: Problem, forced: Forced | None = None) -> Solution:
+def keep_all(
+    problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf
+) -> Solution:
     """All activations stay on the GPU, as in plain PyTorch.
 
     Weights and state stay there too where there is room, else they stream from DRAM, else from SSD.
     """
     forced = _checked(problem, forced)
-    return _first_that_fits(problem, forced, "keep-all", _HOMES, [G] * len(problem.activations))
+    kept = [G] * len(problem.activations)
+    return _first_that_fits(problem, forced, "keep-all", _HOMES, kept, cutoff_s)
 
 
-def checkpoint_all(problem: Problem, forced: Forced | None = None) -> Solution:
+def checkpoint_all(
+    problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf
+) -> Solution:
     """Only the inputs of layers stay on the GPU; the rest is recomputed (Chen et al., 2016,
     arXiv 1604.06174, one segment a layer).
 
     Weights and state stay there too where there is room, else they stream from DRAM, else from SSD.
     """
     forced = _checked(problem, forced)
-    return _first_that_fits(problem, forced, "checkpoint-all", _HOMES, _checkpointed(problem))
+    redone = _checkpointed(problem)
+    return _first_that_fits(problem, forced, "checkpoint-all", _HOMES, redone, cutoff_s)
 
 
-def swap_all(problem: Problem, forced: Forced | None = None) -> Solution:
+def swap_all(
+    problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf
+) -> Solution:
     """All activations that can be are swapped to DRAM (vDNN, MICRO 2016, arXiv 1602.08124), or to
     SSD where DRAM is too small.
 
@@ -98,7 +113,7 @@ def swap_all(problem: Problem, forced: Forced | None = None) -> Solution:
     for tier in (D, S):
         swapped = [tier if a.can_swap else G for a in problem.activations]
         try:
-            return _first_that_fits(problem, forced, "swap-all", _HOMES, swapped)
+            return _first_that_fits(problem, forced, "swap-all", _HOMES, swapped, cutoff_s)
         except NothingFits as exc:
             failure = failure or exc
     assert failure is not None
@@ -108,7 +123,9 @@ def swap_all(problem: Problem, forced: Forced | None = None) -> Solution:
 # ---- weights and states on the GPU ----
 
 
-def flashneuron(problem: Problem, forced: Forced | None = None) -> Solution:
+def flashneuron(
+    problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf
+) -> Solution:
     """FlashNeuron (FAST 2021): activations go to SSD, directly, as far as the GPU is too small.
 
     Weights and state stay on the GPU. Values are chosen in the order in which they are made, since
@@ -116,10 +133,12 @@ def flashneuron(problem: Problem, forced: Forced | None = None) -> Solution:
     """
     forced = _checked(problem, forced)
     order = [(a.index, S) for a in _by_making(problem) if a.can_swap]
-    return _evicted(problem, forced, "flashneuron", order)
+    return _evicted(problem, forced, "flashneuron", order, cutoff_s)
 
 
-def capuchin(problem: Problem, forced: Forced | None = None) -> Solution:
+def capuchin(
+    problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf
+) -> Solution:
     """Capuchin (ASPLOS 2020): swap what the link can hide, recompute what is cheaper than the rest.
 
     Weights and state stay on the GPU. Values idle longest are swapped to DRAM first while copies fit
@@ -145,10 +164,12 @@ def capuchin(problem: Problem, forced: Forced | None = None) -> Solution:
             seconds, place = min(costs)
             rest.append((seconds / max(1, a.bytes), a.index, place))
     order += [(index, place) for _, index, place in sorted(rest)]
-    return _evicted(problem, forced, "capuchin", order)
+    return _evicted(problem, forced, "capuchin", order, cutoff_s)
 
 
-def checkmate(problem: Problem, forced: Forced | None = None) -> Solution:
+def checkmate(
+    problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf
+) -> Solution:
     """Checkmate (MLSys 2020, arXiv 1910.02653): what to recompute, by integer programming.
 
     Weights and state stay on the GPU and nothing is swapped; the least recompute time that fits.
@@ -156,24 +177,34 @@ def checkmate(problem: Problem, forced: Forced | None = None) -> Solution:
     from lohan_fx.planner.optimal import placements
 
     forced = _checked(problem, forced)
-    # Raises where not even recomputing all of it fits.
-    fallback = fitting(
-        problem, _ledger(problem, forced, (G, G), _checkpointed(problem)), "checkmate"
-    )
+    found: list[Solution] = []
+    slower: NotFaster | None = None
+    redone = _ledger(problem, forced, (G, G), _checkpointed(problem))
+    try:
+        # Raises NothingFits where not even recomputing all of it fits.
+        found.append(fitting(problem, redone, "checkmate", cutoff_s))
+    except NotFaster as exc:
+        slower = exc
     unswapped = dataclasses.replace(
         problem,
         activations=tuple(dataclasses.replace(a, can_swap=False) for a in problem.activations),
     )
     pinned = {b.index: _near(b, G, G) for b in problem.buckets} | dict(forced.buckets)
     kept = {i: p for i, p in forced.activations.items() if p in (G, R)}
-    found = [fallback]
     if len(kept) == len(forced.activations):
-        found += [replayed(problem, s) for s in placements(unswapped, Forced(pinned, kept))]
+        for solution in placements(unswapped, Forced(pinned, kept)):
+            try:
+                found.append(replayed(problem, solution, cutoff_s))
+            except NotFaster as exc:
+                slower = exc
+    if not found:
+        assert slower is not None
+        raise slower
     best = min(found, key=lambda s: s.predicted.step_s)
     return dataclasses.replace(best, policy="checkmate")
 
 
-def g10(problem: Problem, forced: Forced | None = None) -> Solution:
+def g10(problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf) -> Solution:
     """G10 (MICRO 2023, arXiv 2310.09443): tensors migrate by how long they are idle.
 
     What is idle longest, times its bytes, leaves the GPU first: to SSD while transfers fit beside the
@@ -181,7 +212,7 @@ def g10(problem: Problem, forced: Forced | None = None) -> Solution:
     state back for the GPU to update it; here the CPU updates what is not on the GPU.
     """
     forced = _checked(problem, forced)
-    return _evicted(problem, forced, "g10", _by_idleness(problem))
+    return _evicted(problem, forced, "g10", _by_idleness(problem), cutoff_s)
 
 
 # ---- shared ----
@@ -240,24 +271,41 @@ def _first_that_fits(
     policy: str,
     homes: Iterable[tuple[Place, Place]],
     activations: Sequence[Place],
+    cutoff_s: float,
 ) -> Solution:
     """The first home for weights and state that fits; NothingFits of the last that does not."""
     failure: NothingFits | None = None
-    for home in homes:
-        if S in home and not problem.capacities.ssd_bytes:
+    possible = [home for home in homes if S not in home or problem.capacities.ssd_bytes]
+    for home in possible:
+        if home is not possible[-1] and _exceeds(problem, forced, home):
             continue
         try:
-            return fitting(problem, _ledger(problem, forced, home, activations), policy)
+            return fitting(problem, _ledger(problem, forced, home, activations), policy, cutoff_s)
         except NothingFits as exc:
             failure = exc
     assert failure is not None
     raise failure
 
 
+def _exceeds(problem: Problem, forced: Forced, home: tuple[Place, Place]) -> bool:
+    """True if what the GPU holds of weights and states at this home is alone more than it has."""
+    held = 0
+    for b in problem.buckets:
+        place = forced.buckets.get(b.index, _near(b, *home))
+        held += b.weight_bytes * (place.weight is G) + b.state_bytes * (place.state is G)
+    return held > problem.capacities.gpu_bytes
+
+
 Eviction = tuple[int, Place | BucketPlace]
 
 
-def _evicted(problem: Problem, forced: Forced, policy: str, order: Sequence[Eviction]) -> Solution:
+def _evicted(
+    problem: Problem,
+    forced: Forced,
+    policy: str,
+    order: Sequence[Eviction],
+    cutoff_s: float,
+) -> Solution:
     """Everything on the GPU but the first items of `order`, as many as it takes.
 
     A place is a BucketPlace for a bucket and a Place for an activation.
@@ -276,15 +324,15 @@ def _evicted(problem: Problem, forced: Forced, policy: str, order: Sequence[Evic
     everything = ledger.copy()
     _move(everything, [(i, p) for i, p in order if isinstance(p, BucketPlace)])
     if not fits_at_all(problem, everything):
-        return fitting(problem, everything, policy)
+        return fitting(problem, everything, policy, cutoff_s)
     _move(ledger, [(i, G) for i, p in order if isinstance(p, Place)])
     for room in sorted(Room, reverse=True):
         trial = ledger.copy()
         for step in ((), *((item,) for item in order)):
             _move(trial, step)
             if fits_at_all(problem, trial, (room,)):
-                return fitting(problem, trial, policy)
-    return fitting(problem, everything, policy)
+                return fitting(problem, trial, policy, cutoff_s)
+    return fitting(problem, everything, policy, cutoff_s)
 
 
 def _move(ledger: Ledger, items: Iterable[Eviction]) -> None:

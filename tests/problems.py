@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
@@ -143,6 +144,55 @@ def deep(num_layers: int) -> Problem:
         gpu=60 + states * 0.05,
         dram=200 + states * 0.5,
         rates=lanes(h2d_bytes_per_s=20 * MIB, d2h_bytes_per_s=20 * MIB),
+    )
+
+
+def irregular(num_buckets: int, num_activations: int, num_stages: int) -> Problem:
+    """Buckets and activations of which no two have the same size."""
+    random = Random(0)
+    buckets = []
+    for k in range(num_buckets):
+        numel = (k + 1) * MIB // 2 + 2 * random.randrange(1024)
+        made = bucket(k, k * num_stages // num_buckets)
+        buckets.append(
+            dataclasses.replace(
+                made,
+                numel=numel,
+                weight_bytes=2 * numel,
+                grad_bytes=2 * numel,
+                state_bytes=12 * numel,
+            )
+        )
+    acts: list[Activation] = []
+    firsts: dict[int, int] = {}
+    for k in range(num_activations):
+        at = k * num_stages // num_activations
+        first = firsts.setdefault(at, k)
+        made_act = activation(
+            k,
+            at,
+            recompute_s=random.uniform(0, 0.2),
+            needs=() if first == k else (first,),
+            read_in=min(at + 1, num_stages - 1) if first == k else at,
+            can_recompute=first != k,
+        )
+        acts.append(dataclasses.replace(made_act, bytes=random.randrange(MIB // 4, 16 * MIB)))
+    weights = sum(b.weight_bytes + b.state_bytes for b in buckets) / MIB
+    everything = weights + sum(a.bytes for a in acts) / MIB
+    return problem(
+        tuple(stage(i, random.uniform(0.5, 1.5), random.randrange(64)) for i in range(num_stages)),
+        tuple(buckets),
+        tuple(acts),
+        gpu=0.15 * everything,
+        dram=0.4 * everything,
+        ssd=4 * weights,
+        rates=lanes(
+            h2d_bytes_per_s=8000 * MIB,
+            d2h_bytes_per_s=8000 * MIB,
+            ssd_read_bytes_per_s=4000 * MIB,
+            ssd_write_bytes_per_s=4000 * MIB,
+            cpu_adam_params_per_s=1000 * MIB,
+        ),
     )
 
 

@@ -22,7 +22,9 @@ from lohan_fx.planner import (
     solve,
     validate,
 )
+from lohan_fx.planner.choice import NotFaster
 from lohan_fx.planner.lohan import Formula
+from lohan_fx.planner.policies import zero_infinity
 
 G, D, S, R = Place.GPU, Place.DRAM, Place.SSD, Place.RECOMPUTE
 
@@ -189,3 +191,10 @@ def test_an_impossible_force_is_refused_by_every_policy() -> None:
     for policy in SOLVERS:
         with pytest.raises(InfeasiblePlan, match=re.escape("bucket 9; there are 3")):
             solve(layers(3), policy, Forced(buckets={9: BucketPlace(G, G)}))
+
+
+def test_a_plan_is_not_replayed_where_its_busiest_lane_takes_longer_than_is_known() -> None:
+    predicted = solved(layers(3), "zero-infinity").predicted
+    with pytest.raises(NotFaster):
+        zero_infinity(layers(3), cutoff_s=predicted.bound_s / 2)
+    assert zero_infinity(layers(3), cutoff_s=predicted.bound_s).predicted == predicted

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 from hypothesis import given, settings
-from problems import deep, problems
+from problems import deep, irregular, problems
 
 from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner import (
@@ -101,3 +101,13 @@ def test_a_deep_model_is_solved_within_two_hundredths_of_the_bound() -> None:
     assert validate(question, answer) == []
     assert answer.optimality is not None
     assert 0 <= answer.optimality.gap < 0.02
+
+
+def test_items_of_which_no_two_are_alike_are_solved_too() -> None:
+    question = irregular(num_buckets=60, num_activations=240, num_stages=20)
+    best, quick = solve(question, "optimal"), solve(question, "greedy")
+    for answer in (best, quick):
+        assert validate(question, answer) == []
+    assert best.predicted.step_s <= quick.predicted.step_s * (1 + 2e-6)
+    assert best.optimality is not None
+    assert 0 <= best.optimality.gap < 0.1
