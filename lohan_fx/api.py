@@ -326,11 +326,13 @@ def trace_step(
     policy: str = DEFAULT_POLICY,
     max_writes_per_day: int | str | None = None,
     lowering: str = "inductor",
+    bucket_numel: int | None = None,
 ) -> TracedStep:
     """One training step, traced once to be planned many times. `model` cannot be used afterwards.
 
     As `make_plan`, without deciding anything: the step plans itself for any policy, budget and pins.
-    `policy` says what overlap="auto" is.
+    `policy` says what overlap="auto" is, `bucket_numel` how many parameters move as one at most (None
+    leaves that to the model's size).
 
     Raises:
         CaptureError: the step cannot be captured as one graph.
@@ -346,7 +348,7 @@ def trace_step(
         hardware,
         lowering,
         False,
-        None,
+        bucket_numel,
         plan_only=True,
         trace_only=True,
         max_writes_per_day=max_writes_per_day,

@@ -11,10 +11,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lohan_fx.errors import LohanError
 from lohan_fx.hardware import Hardware
 from lohan_fx.pins import Pins, best_of, forced_placements
 from lohan_fx.plan import Plan, TensorRow, build_plan, count_params
-from lohan_fx.planner import DEFAULT_POLICY, Forced, Lanes, Overlap, Problem, Solution, solve
+from lohan_fx.planner import (
+    DEFAULT_POLICY,
+    Forced,
+    Lanes,
+    Overlap,
+    Problem,
+    Solution,
+    solve,
+    validate,
+)
 from lohan_fx.units import format_bytes
 
 
@@ -22,7 +32,8 @@ from lohan_fx.units import format_bytes
 class TracedStep:
     """A captured step: the planner's problem, and the tensors it is made of.
 
-    `tokens_per_step` is None where the model reads no tokens.
+    `tokens_per_step` is None where the model reads no tokens. `layers_traced` is the number of layers
+    that were traced, where the others are repetitions (see `lohan_fx.repetition`).
     """
 
     model: str
@@ -30,6 +41,7 @@ class TracedStep:
     problem: Problem
     tensors: tuple[TensorRow, ...]
     tokens_per_step: int | None
+    layers_traced: int | None = None
 
     @property
     def num_params(self) -> int:
@@ -70,9 +82,13 @@ class TracedStep:
 
     def plan(self, policy: str = DEFAULT_POLICY, pins: Pins | None = None) -> Plan:
         """The policy's plan, without a schedule (which needs the graphs). Raises as `solve`."""
+        solution = self.solve(policy, pins)
+        faults = validate(self.problem, solution)
+        if faults:
+            raise LohanError(f"the plan breaks its own rules: {faults[0]} ({len(faults)} in all)")
         return build_plan(
             self.problem,
-            self.solve(policy, pins),
+            solution,
             model=self.model,
             hardware=self.hardware.name,
             budget=self.budget_text(),

@@ -23,6 +23,7 @@ from lohan_fx.errors import LohanError
 from lohan_fx.hardware import Hardware
 from lohan_fx.plan import Plan, TensorRow, build_plan, validate_json
 from lohan_fx.planner import solve
+from lohan_fx.step import TracedStep
 
 FACTORY = """
 import torch
@@ -62,24 +63,28 @@ Calls = list[dict[str, Any]]
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Answers make_plan with a small problem's plan, under the caller's budget; records the calls."""
+    """Answers make_plan and trace_step with a small problem, under the caller's budget; records the
+    calls."""
     calls: Calls = []
 
-    def make_plan(model: torch.nn.Module, budget: Budget, example_inputs: Any, **rest: Any) -> Plan:
+    def trace_step(
+        model: torch.nn.Module, budget: Budget, example_inputs: Any, **rest: Any
+    ) -> TracedStep:
         calls.append({"model": model, "budget": budget, "inputs": example_inputs, **rest})
         asked = problem(2, (bucket(0, 0), bucket(1, 1)), (activation(0, 0),))
-        asked = dataclasses.replace(asked, capacities=budget.capacities())
-        rows = [TensorRow("w", "weight16", 0, (1024, 1024), "bfloat16", 2**21, bucket=0)]
-        return build_plan(
-            asked,
-            solve(asked, rest["policy"]),
+        rows = (TensorRow("w", "weight16", 0, (1024, 1024), "bfloat16", 2**21, bucket=0),)
+        return TracedStep(
             model=type(model).__name__,
-            hardware=rest["hardware"].name,
-            budget=str(budget),
-            policy=rest["policy"],
+            hardware=rest["hardware"],
+            problem=dataclasses.replace(asked, capacities=budget.capacities()),
             tensors=rows,
+            tokens_per_step=None,
         )
 
+    def make_plan(*args: Any, **rest: Any) -> Plan:
+        return trace_step(*args, **rest).plan(rest["policy"])
+
+    monkeypatch.setattr(api, "trace_step", trace_step)
     monkeypatch.setattr(api, "make_plan", make_plan)
     return calls
 
@@ -116,6 +121,46 @@ def test_a_plan_that_fits_is_summarised_and_exits_with_0(
     out, err = capsys.readouterr()
     assert f"{factories}:build" in out and "limited by" in out
     assert "\x1b" not in out and err == ""
+
+
+def _deep_config(folder: Path) -> str:
+    config = {"model_type": "gpt2", "n_layer": 12, "n_head": 2, "n_embd": 32, "vocab_size": 97}
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    file = folder / "config.json"
+    file.write_text(json.dumps(config | dropout))
+    return str(file)
+
+
+def test_many_equal_layers_are_traced_as_few_unless_the_plan_may_be_replayed(
+    planned: Calls, tmp_path: Path
+) -> None:
+    asked = ["--model", _deep_config(tmp_path), "--hardware", "h200"]
+
+    def traced(*more: str) -> list[int]:
+        planned.clear()
+        assert main([*asked, *more]) == 0
+        return [call["model"].config.n_layer for call in planned]
+
+    # The problem that stands in here has as many stages for 4 layers as for 5.
+    assert traced() == [4, 5, 12]
+    assert {call["bucket_numel"] for call in planned[:2]} == {65536}
+    assert planned[2]["bucket_numel"] is None
+    assert traced("--full-trace") == [12]
+    assert traced("--dump", str(tmp_path / "plan.json")) == [12]
+    assert traced("--json") == [12]
+
+
+def test_a_plan_from_few_layers_is_the_one_from_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--batch", "2", "--seq", "16", "--hardware", "lohan-rtx4090"]
+    asked = ["--model", _deep_config(tmp_path), *sizes]
+    assert main(asked) == 0
+    repeated = capsys.readouterr().out.splitlines()
+    assert main([*asked, "--full-trace"]) == 0
+    full = capsys.readouterr().out.splitlines()
+    (note,) = (line for line in repeated if "layers repeated from a trace of 4" in line)
+    assert [line for line in repeated if line != note] == full
 
 
 def test_the_plan_is_written_where_dump_says(

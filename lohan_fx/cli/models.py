@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,8 @@ def family_of(spec: str) -> tuple[str, ...]:
     return tuple(preset for preset in preset_names() if preset.split("-")[0] == name)
 
 
+# Config fields that say how many layers there are, by the families of models that have them.
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 # config field -> what a sequence of `seq` tokens needs it to be at least
 _POSITIONS = ("n_positions", "max_position_embeddings")
 
@@ -108,13 +111,16 @@ _POSITIONS = ("n_positions", "max_position_embeddings")
 class ModelInput:
     """A model on the meta device, and what to call it with once, on the CPU.
 
-    `tokens` counts those of one step; None where the model reads no tokens.
+    `tokens` counts those of one step; None where the model reads no tokens. `layers` is the number of
+    layers where that is known, and `with_layers` makes the same model with another number.
     """
 
     name: str
     model: torch.nn.Module
     example_inputs: Mapping[str, Any] | Sequence[Any]
     tokens: int | None
+    layers: int | None = None
+    with_layers: Callable[[int], ModelInput] | None = None
 
 
 def resolve_model(spec: str, *, batch: int, seq: int) -> ModelInput:
@@ -191,7 +197,21 @@ def _from_config(name: str, raw: Mapping[str, Any], batch: int, seq: int) -> Mod
         raise
     except Exception as exc:  # whatever a config can make a model's constructor raise
         raise LohanError(f"{name} cannot be built from its config: {_one_line(exc)}") from exc
-    return ModelInput(name, model, inputs, tokens)
+    known = [key for key in _LAYERS if isinstance(raw.get(key), int)]
+    if len(known) != 1:
+        return ModelInput(name, model, inputs, tokens)
+    layers: int = raw[known[0]]
+
+    def with_layers(count: int) -> ModelInput:
+        # What the config lists of each layer has to be as long as there are layers.
+        listed = {
+            key: value[:1] * count
+            for key, value in raw.items()
+            if isinstance(value, list) and len(value) == layers
+        }
+        return _from_config(name, {**raw, **listed, known[0]: count}, batch, seq)
+
+    return ModelInput(name, model, inputs, tokens, layers, with_layers)
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
@@ -240,7 +260,7 @@ def _example_inputs(
 # ---- image models ----
 
 
-def _from_dit(name: str, batch: int, seq: int) -> ModelInput:
+def _from_dit(name: str, batch: int, seq: int, count: int | None = None) -> ModelInput:
     import torch
 
     from lohan_fx.cli.dit import DiT, example_inputs
@@ -251,10 +271,18 @@ def _from_dit(name: str, batch: int, seq: int) -> ModelInput:
             f"{name} reads square images of seq = side x side patches, and {seq} is no square; "
             f"try {side * side} or {(side + 1) ** 2}"
         )
-    layers, heads, hidden = DIT_PRESETS[name]
+    preset_layers, heads, hidden = DIT_PRESETS[name]
+    layers = count or preset_layers
     with torch.device("meta"):
         model = DiT(layers, heads, hidden, side)
-    return ModelInput(name, model, example_inputs(batch, side), batch * seq)
+    return ModelInput(
+        name,
+        model,
+        example_inputs(batch, side),
+        batch * seq,
+        layers,
+        partial(_from_dit, name, batch, seq),
+    )
 
 
 # ---- factories ----

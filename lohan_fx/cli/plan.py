@@ -32,6 +32,7 @@ from lohan_fx.hardware import load as load_hardware
 from lohan_fx.pins import check_pins, parse_pin
 from lohan_fx.plan import Plan, build_unfit_plan
 from lohan_fx.planner import DEFAULT_POLICY, SOLVERS, NothingFits, Overlap, check_policy
+from lohan_fx.repetition import repeated_step
 from lohan_fx.step import TracedStep
 from lohan_fx.units import parse_bytes
 
@@ -175,6 +176,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="what limits the step and what more would save; or why it does not fit, and what would",
     )
+    parser.add_argument(
+        "--full-trace",
+        action="store_true",
+        help=(
+            "trace every layer, rather than a few where all are alike (--dump, and --json of one plan, "
+            "always do)"
+        ),
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the plan as JSON")
     return parser
@@ -231,6 +240,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def _one_plan(question: _Question) -> int:
     args = question.args
+    if args.dump is None and not args.json:
+        step = question.trace(args.batch, args.seq)
+        show(summary(step.plan(args.policy, question.pins), question.notes))
+        return FITS
+    # What others may read or replay has a schedule, for which the graphs have to be rewritten.
     given = resolve_model(args.model, batch=args.batch, seq=args.seq)
     try:
         plan = question.plan(given)
@@ -271,6 +285,9 @@ def _explain(question: _Question) -> int:
         retrace=lambda batch: question.trace(batch, args.seq),
     )
     print(json.dumps(found.to_dict(), indent=1) if args.json else found)
+    if not args.json:
+        for note in question.notes:
+            print(note)
     return FITS if found.fits else DOES_NOT_FIT
 
 
@@ -302,12 +319,16 @@ def _max_model(question: _Question) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Question:
-    """What the user asked, with the machine and budget it is about."""
+    """What the user asked, with the machine and budget it is about.
+
+    `notes` are words for the user about the steps traced so far.
+    """
 
     args: argparse.Namespace
     hardware: Hardware
     budget: Budget
     pins: Mapping[str, str]
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def plan(self, given: ModelInput) -> Plan:
         from lohan_fx import api
@@ -330,9 +351,26 @@ class _Question:
 
     def trace(self, batch: int, seq: int, model: str | None = None) -> TracedStep:
         """The model's step at a size, to be planned many times."""
+        given = resolve_model(model or self.args.model, batch=batch, seq=seq)
+        step = None if self.args.full_trace else self._repeated(given)
+        if step is None:
+            return self._traced(given)
+        note = f"layers repeated from a trace of {step.layers_traced}"
+        if note not in self.notes:
+            self.notes.append(note)
+        return step
+
+    def _repeated(self, given: ModelInput) -> TracedStep | None:
+        make = given.with_layers
+        if make is None or given.layers is None:
+            return None
+        return repeated_step(
+            given.model, given.layers, lambda layers, numel: self._traced(make(layers), numel)
+        )
+
+    def _traced(self, given: ModelInput, bucket_numel: int | None = None) -> TracedStep:
         from lohan_fx import api
 
-        given = resolve_model(model or self.args.model, batch=batch, seq=seq)
         dtype = _torch_dtype(self.args.dtype)
         with _named_errors(given):
             step = api.trace_step(
@@ -344,6 +382,7 @@ class _Question:
                 overlap=self.args.overlap,
                 policy=self.args.policy,
                 max_writes_per_day=self.args.max_writes_per_day,
+                bucket_numel=bucket_numel,
             )
         return step.named(given.name, given.tokens)
 
@@ -366,7 +405,7 @@ class _Question:
             print(json.dumps(raw, indent=1))
         else:
             show([many.table(title, rows)])
-            for line in words:
+            for line in (*words, *self.notes):
                 print(line)
         return FITS if any(row.fits for row in rows) else DOES_NOT_FIT
 

@@ -33,8 +33,8 @@ def show(tables: Sequence[Table]) -> None:
         console.print(table)
 
 
-def summary(plan: Plan) -> list[Table]:
-    """What a plan says, as tables of text."""
+def summary(plan: Plan, notes: Sequence[str] = ()) -> list[Table]:
+    """What a plan says, as tables of text, with `notes` on how it was made."""
     rows = [
         ("model", plan.model),
         ("hardware", plan.hardware),
@@ -62,7 +62,7 @@ def summary(plan: Plan) -> list[Table]:
             ("bound", f"{predicted.bound_s:.4g} s"),
             ("SSD writes a step", format_bytes(predicted.ssd_bytes_written_per_step)),
         ]
-    rows += [("note", reason) for reason in plan.reasons]
+    rows += [("note", reason) for reason in (*plan.reasons, *notes)]
     tables.append(("plan", ("", "value"), [tuple(row) for row in rows]))
     if plan.predicted is None:
         return tables
