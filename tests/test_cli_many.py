@@ -191,6 +191,7 @@ def test_max_model_takes_a_family_or_a_member_and_says_what_the_next_lacks(
         assert main(["--model", spec, *machine, "--max-model"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert "the next one, gpt-" in lines[-2] and "at least, the budget has" in lines[-1]
+    monkeypatch.undo()
     assert main(["--model", "gpt", *machine]) == 1
     assert "--max-model" in capsys.readouterr().err
 
