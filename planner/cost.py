@@ -164,6 +164,17 @@ def weight_section_bytes(bucket: Bucket) -> int:
     return align_up(bucket.weight_bytes, PAGE)
 
 
+def update_bytes(problem: Problem, bucket: Bucket) -> int:
+    """Bytes of memory that one update goes over, where the state is (DRAM, or the GPU's own).
+
+    Adam reads gradient and state (and a weight that is the master), writes state and weight. With
+    `accumulates` it reads an fp32 sum, which the last backward's gradient was added to: 12 bytes more.
+    """
+    weights = bucket.weight_bytes * (1 if bucket.has_master else 2)
+    sums = 3 * 4 * bucket.numel if problem.accumulates else 0  # read, written, and read by Adam
+    return bucket.grad_bytes + 2 * bucket.state_bytes + weights + sums
+
+
 def bucket_traffic(problem: Problem, bucket: Bucket, place: BucketPlace) -> Floats:
     """The traffic vector of one bucket at one place."""
     total = np.zeros(TRAFFIC_WIDTH)
@@ -183,8 +194,7 @@ def bucket_traffic(problem: Problem, bucket: Bucket, place: BucketPlace) -> Floa
     if not bucket.trainable:
         return total
     update = amount[optimizer_phase(problem.overlap)]
-    # Adam reads gradient and state (and a weight that is the master), writes state and weight.
-    touched = bucket.grad_bytes + 2 * bucket.state_bytes + weight * (1 if bucket.has_master else 2)
+    touched = update_bytes(problem, bucket)
     if place.state is Place.GPU:
         if problem.lanes.gpu_bytes_per_s:
             update[_GPU] += touched / problem.lanes.gpu_bytes_per_s

@@ -19,6 +19,7 @@ from lohan_fx.errors import LohanError
 from lohan_fx.planner.cost import (
     state_buffer_bytes,
     state_section_bytes,
+    update_bytes,
     weight_section_bytes,
 )
 from lohan_fx.planner.fluid import LANE_NAMES, Fluid, Item, Job, Lane
@@ -730,8 +731,7 @@ class Replay:
     def _start_update(self, record: _Record) -> None:
         record.waiting = False
         bucket, lanes = record.bucket, self._problem.lanes
-        touched = bucket.grad_bytes + 2 * bucket.state_bytes
-        touched += bucket.weight_bytes * (1 if bucket.has_master else 2)
+        touched = update_bytes(self._problem, bucket)
         if not record.by_cpu:
             rate = lanes.gpu_bytes_per_s
             workspace = self._problem.gpu_adam_workspace_bytes

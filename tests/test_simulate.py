@@ -447,3 +447,20 @@ def test_a_deep_model_is_replayed_with_a_peak_close_to_the_cost_models() -> None
     assert estimate(
         question, answer.buckets, answer.activations, answer.windows
     ).step_s == pytest.approx(found.step_s, rel=0.3)
+
+
+@pytest.mark.parametrize("place", [DRAM, ON_GPU], ids=["cpu", "gpu"])
+def test_an_update_from_sums_goes_over_them_three_times(place: BucketPlace) -> None:
+    """2 MiB of 16-bit weights: gradient 2, state read and written 24, weight 2, sums 3 x 4 MiB."""
+    rates = lanes(gpu_bytes_per_s=MIB, dram_bytes_per_s=MIB)
+    for accumulates, expected_s in ((False, 28.0), (True, 40.0)):
+        question = dataclasses.replace(
+            problem(1, (bucket(0, 0),), rates=rates, overlap=Overlap.SERIAL),
+            accumulates=accumulates,
+        )
+        windows = Ledger(question, [place], []).windows(Room.STAGE)
+        for predicted in (
+            estimate(question, [place], [], windows),
+            predict(question, [place], [], windows),
+        ):
+            assert predicted.update_s == pytest.approx(expected_s)
