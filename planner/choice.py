@@ -79,6 +79,8 @@ def finish(problem: Problem, ledger: Ledger, room: Room, policy: str = "") -> So
     Its seconds are the estimate; see `replayed`.
     """
     windows = ledger.windows(room)
+    if room is not Room.NONE:
+        windows = ledger.widened(windows)
     predicted = estimate(problem, ledger.buckets, ledger.activations, windows)
     if any(excess_of(problem, predicted)):
         return None

@@ -13,6 +13,7 @@ from the largest item of a sort, and the Ledger keeps the sizes for them.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import enum
 from collections import Counter
 from collections.abc import Sequence
@@ -80,6 +81,8 @@ class Room(enum.IntEnum):
 # At Room.STAGE: GPU capacity over these is the most a window takes, unless one item is larger.
 FETCH_SHARE = 16
 WINDOW_SHARE = 32
+# Gradients of so many buckets at most may wait for the CPU in DRAM that nothing else needs.
+_MOST_GRAD_BUFFERS = 48
 
 
 def bucket_places(bucket: Bucket) -> tuple[BucketPlace, ...]:
@@ -577,6 +580,25 @@ class Ledger:
             inbound_bytes=(4 if roomy else 2) * self._largest("inbound"),
             outbound_bytes=(4 if roomy else 2) * self._largest("outbound"),
         )
+
+    def widened(self, windows: Windows) -> Windows:
+        """The same windows, wider by what this placement leaves free.
+
+        Activations on their way out wait on the GPU in forward only, which is seldom where it is
+        fullest; a window that holds one item alone would let a small one hold up a large one.
+        Gradients that wait in DRAM let backward go on while the CPU is behind with its updates.
+        """
+        have, num_stages = self.problem.capacities, self.problem.num_stages
+        room = have.gpu_bytes - self.problem.gpu_margin_bytes
+        offload, buffers = windows.offload_window_bytes, windows.grad_buffers
+        if offload:
+            free = room - int(self.gpu_bytes(windows)[:num_stages].max())
+            offload += max(0, min(free, 2 * int(self._out.max()) - offload))
+        if buffers and not self.problem.overlap.waits_for_step:
+            free = (have.dram_bytes - self.dram_bytes(windows)) // self._largest("grad")
+            most = min(sum(self._sizes["grad"].values()), _MOST_GRAD_BUFFERS)
+            buffers += max(0, min(free, most - buffers))
+        return dataclasses.replace(windows, offload_window_bytes=offload, grad_buffers=buffers)
 
     @property
     def ssd_bytes(self) -> int:
