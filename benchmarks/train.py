@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--budget", default="gpu=24GB, dram=100GB")
     parser.add_argument("--engine", choices=("lohan_fx", "compile"), default="lohan_fx")
     parser.add_argument("--overlap", default="auto")
-    parser.add_argument("--policy", default="greedy")
+    parser.add_argument("--policy", default="optimal")
     parser.add_argument("--lowering", default="inductor")
     parser.add_argument("--max-grad-norm", type=float)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
