@@ -110,9 +110,9 @@ def test_without_dram_for_states_they_stay_on_ssd() -> None:
     question = problem(3, tuple(bucket(i, i) for i in range(3)), gpu=6, dram=45)
     answer = solved(question)
     # Two gradient buffers of 2, two state buffers of 12 and three weights of 2 are 34 of the 45;
-    # a state would be 12 more.
+    # a state would be 12 more, but a third gradient buffer has room.
     assert places(answer) == [(D, S)] * 3
-    assert answer.predicted.peak_bytes["dram"] == 34 * MIB
+    assert answer.predicted.peak_bytes["dram"] == 36 * MIB
     assert answer.predicted.ssd_bytes_written_per_step == 3 * 12 * MIB
     assert answer.predicted.bottleneck in ("ssd_read", "ssd_write")
 
