@@ -72,7 +72,7 @@ from .planner import (
     validate,
 )
 from .program import Bucket, BucketPlacement, ParamSpec, Tier
-from .progress import progress_bar
+from .progress import progress_of_bytes
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
 from .runtime.buckets import stored_pieces
 from .step import TracedStep
@@ -528,7 +528,7 @@ class Session:
         if not self._adopted:
             nbytes = sum(bucket.weight_bytes + bucket.state_bytes for bucket in self.buckets)
             pending = self._pending_state
-            with self.timed("place"), progress_bar("Placing", nbytes) as progress:
+            with self.timed("place"), progress_of_bytes("Placing", nbytes) as progress:
                 runtime.place(captured.placements, captured.options)
                 runtime.adopt(
                     self.buckets,

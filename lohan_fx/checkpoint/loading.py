@@ -14,7 +14,7 @@ import torch
 
 from lohan_fx.errors import LohanError
 from lohan_fx.piecewise import in_memory
-from lohan_fx.progress import progress_bar
+from lohan_fx.progress import progress_of_bytes
 
 from .directory import real_path, recover
 from .inventory import MOMENTS, Names, names_of
@@ -97,7 +97,7 @@ def load(
     values, moments = _values(manifest, session, names, weights, state, optimizer is not None)
     nbytes = sum(v.entry.spec.nbytes for v in values.values())
     nbytes += sum(2 * m.entry.spec.nbytes for _, m, _ in (moments or {}).values())
-    with progress_bar("Loading", nbytes) as progress:
+    with progress_of_bytes("Loading", nbytes) as progress:
         session.restore(values, moments, progress)
     with torch.no_grad():
         for name, buffer in names.buffers.items():
@@ -228,7 +228,7 @@ def _verify(files: Mapping[str, ShardFile], shards: Mapping[str, Shard]) -> None
 
     total = sum(shard.nbytes for shard in shards.values())
     with (
-        progress_bar("Checking", total) as progress,
+        progress_of_bytes("Checking", total) as progress,
         ThreadPoolExecutor(_VERIFY_THREADS) as threads,
     ):
         results = [

@@ -20,7 +20,7 @@ import torch
 from lohan_fx import __version__
 from lohan_fx.errors import LohanError, TransferError
 from lohan_fx.params import owner_of
-from lohan_fx.progress import progress_bar
+from lohan_fx.progress import progress_of_bytes
 from lohan_fx.units import format_bytes
 
 from .directory import Staging, write_file
@@ -121,7 +121,7 @@ def save(
         runtime.watch(snapshot.before_update, saving.settle)
         saving.start()
         return saving
-    with progress_bar("Saving", inventory.nbytes) as progress:
+    with progress_of_bytes("Saving", inventory.nbytes) as progress:
         order = (item for items in groups.values() for item in items)
         job.run(job.begin(), order, session.read_piece, progress)
     return Saving(job)

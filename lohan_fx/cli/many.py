@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lohan_fx.cli.progress import progress
 from lohan_fx.cli.tables import Table
 from lohan_fx.errors import InfeasiblePlan, LohanError
 from lohan_fx.hardware import Hardware
@@ -20,6 +19,7 @@ from lohan_fx.planner import (
     check_policy,
     default_overlap,
 )
+from lohan_fx.progress import progress_of_pieces
 from lohan_fx.step import TracedStep
 from lohan_fx.units import format_bytes, parse_bytes
 
@@ -128,7 +128,7 @@ def lacking(exc: InfeasiblePlan) -> dict[str, int]:
 def compare(step: TracedStep, overlap: str, pins: Pins | None) -> list[Row]:
     """Every policy on one step. With overlap "auto", each runs the optimizer as its system does."""
     rows = []
-    with progress("planning", len(SOLVERS)) as advance:
+    with progress_of_pieces("planning", len(SOLVERS)) as advance:
         for policy in SOLVERS:
             mode = Overlap(overlap) if overlap != "auto" else default_overlap(policy)
             asked = step if mode is None else step.with_overlap(mode)
@@ -209,7 +209,7 @@ def sweep(
     rows = []
     traced: dict[tuple[int, int], TracedStep] = {}
     points = list(_points(sweeps))
-    with progress("planning", len(points)) as advance:
+    with progress_of_pieces("planning", len(points)) as advance:
         for point in points:
             sizes = int(point.get("batch", batch)), int(point.get("seq", seq))
             if sizes not in traced:
@@ -253,7 +253,7 @@ def largest_fitting(
     """
     low, high = -1, len(names)  # names[low] fits, names[high] does not; ends are outside
     rows: dict[int, Row] = {}
-    with progress("planning", None) as advance:
+    with progress_of_pieces("planning", None) as advance:
         while high - low > 1:
             middle = (low + high) // 2
             rows[middle] = attempt(names[middle])
