@@ -460,13 +460,18 @@ def test_a_returned_parameter_is_refused(tmp_path: Path) -> None:
 
 def test_no_python_thread_is_started(tmp_path: Path) -> None:
     """One would slow every operation of the step down by waiting for the interpreter."""
-    before = threading.active_count()
+    before = set(threading.enumerate())
     model, optimizer = trained(tmp_path, policy=RandomPolicy(1))
     step(model, optimizer, tokens(1))
-    assert threading.active_count() == before
+    started = set(threading.enumerate()) - before
+    # torch's own tracing starts tqdm's monitor, which sleeps.
+    assert {type(thread).__name__ for thread in started} <= {"TMonitor"}
     model.close()
     package = Path(lohan_fx.__file__).parent
-    for file in package.rglob("*.py"):
+    # Saving, loading and probing use threads, for as long as they last.
+    files = [f for f in package.rglob("*.py") if not {"checkpoint", "probe"} & set(f.parts)]
+    assert len(files) > 50
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
