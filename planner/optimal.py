@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -41,7 +40,6 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
     Raises NothingFits, with the least each tier must hold, where nothing is found, and
     InfeasiblePlan for a forced placement that no plan can have.
     """
-    begun = time.perf_counter()
     forced = forced or Forced()
     check_forced(problem, forced)
     best = all_on_gpu(problem, forced)
@@ -66,7 +64,7 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
     else:
         best = replayed(problem, best)
     best = dataclasses.replace(best, policy="optimal", optimality=None)
-    proof = _proof(problem, forced, best, begun)
+    proof = _proof(problem, forced, best)
     return with_reasons(problem, dataclasses.replace(best, optimality=proof), forced)
 
 
@@ -92,7 +90,7 @@ def _best_replayed(problem: Problem, estimated: Iterable[Solution]) -> Solution 
     return best
 
 
-def _proof(problem: Problem, forced: Forced, solution: Solution, begun: float) -> Optimality | None:
+def _proof(problem: Problem, forced: Forced, solution: Solution) -> Optimality | None:
     """What the relaxation proves about a solution; None where the program could not be solved."""
     from lohan_fx.planner.milp import bound_seconds
 
@@ -106,7 +104,6 @@ def _proof(problem: Problem, forced: Forced, solution: Solution, begun: float) -
         bound_s=bound,
         gap=gap,
         status="optimal" if gap <= _PROVED else "feasible",
-        solve_s=time.perf_counter() - begun,
     )
 
 

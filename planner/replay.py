@@ -245,13 +245,14 @@ class Replay:
             self.stalls.append((begun, fluid.now_s, cause, item))
 
     def backlog(self) -> tuple[float, ...]:
-        """Work that has been asked for and not done, by lane: equal where two steps end alike."""
+        """What is asked for and not done, by lane, and what has been read ahead: equal where two
+        steps end alike."""
         left = [0.0 if job is None else job.left for job in self.fluid.active]
         for lane, copies in self._copies.items():
             left[lane] += sum(copy.job.left for copy in copies)
         for lane, queue in self._disk.items():
             left[lane] += sum(job.left for job in queue)
-        return (*left, *self._pipeline.backlog())
+        return (*left, float(self._inbound_left), *self._pipeline.backlog())
 
     # Streams
 

@@ -1,7 +1,7 @@
 """What one steady step of a placement does, moment by moment; predictions come from here.
 
-Steps are replayed one after another until two take the same time and leave the same work behind: from
-then on they repeat.
+Steps are replayed one after another until two take the same time, do the same work and leave the same
+behind: from then on they repeat.
 """
 
 from __future__ import annotations
@@ -122,11 +122,11 @@ def simulate(
         if Mark(step, "step") not in run.marks:
             run.advance()
             continue
-        ends.append((_end(run, step) - _end(run, step - 1), *run.backlog()))
+        begin_s, end_s = _end(run, step - 1), _end(run, step)
+        ends.append((end_s - begin_s, *run.backlog(), *_busy_s(run, begin_s, end_s)))
         steady = step > 0 and _is_same(*ends[-2:])
         if steady or step >= _MOST_STEPS - 1:
             break
-    begin_s, end_s = _end(run, step - 1), _end(run, step)
     forward_end = run.marks[Mark(step, "forward")]
     backward_end = run.marks[Mark(step, "backward")]
     if problem.overlap is not Overlap.SERIAL:
@@ -195,6 +195,14 @@ def _end(run: Replay, step: int) -> float:
 
 def _is_same(one: Sequence[float], other: Sequence[float]) -> bool:
     return all(abs(a - b) <= _SAME * max(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _busy_s(run: Replay, begin_s: float, end_s: float) -> list[float]:
+    """Seconds between two times in which each lane had a job."""
+    busy = [0.0] * len(LANE_NAMES)
+    for job in (*run.fluid.finished, *(job for job in run.fluid.active if job is not None)):
+        busy[job.lane] += max(0.0, min(_job_end(job, end_s), end_s) - max(job.start_s, begin_s))
+    return busy
 
 
 class _Names:

@@ -72,13 +72,12 @@ class Optimality:
 
     `bound_s`: no placement has a shorter step by the cost model than this. `gap` is
     (step - bound) / step, by the cost model too; 0 is a proof of optimality. `status` is the
-    solver's word ("optimal", "feasible", ...), `solve_s` the seconds it took.
+    solver's word ("optimal", "feasible", ...).
     """
 
     bound_s: float
     gap: float
     status: str
-    solve_s: float = dataclasses.field(compare=False)  # the same answer however long it took
 
 
 @dataclass(frozen=True, slots=True)
