@@ -78,7 +78,6 @@ class Incoming:
     key: Key
     source: Source
     state: IncomingState = IncomingState.PLANNED
-    requested: bool = False
     span: Span | None = None
     ticket: int = 0
     device: DeviceBytes | None = None
@@ -130,7 +129,6 @@ class Inbound:
     def request(self, key: Key) -> Incoming:
         """Start bringing the next planned item under `key`; never blocks."""
         item = self._queue.by_key[key].popleft()
-        item.requested = True
         # Taken here, where the plan counts it from. The mark is the last compute that may still use
         # the memory: a copy that starts late need not wait for what was queued since.
         item.device = self._pools.device_bytes(item.source.nbytes, item.source.name)
