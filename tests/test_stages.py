@@ -240,6 +240,22 @@ def test_attention_has_flops_on_the_cpu_too() -> None:
     assert node_flops(builder.call(attend, q, k, v)) == 2 * (2 * 2 * 4 * 8 * 8 * 16)
 
 
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_keys_of_grouped_queries_may_have_fewer_heads(kind: str) -> None:
+    table = {name: torch.empty(2, 4, 8, 16, device="meta") for name in ("grad", "q")}
+    table |= {name: torch.empty(2, 2, 8, 16, device="meta") for name in "kv"}
+    graph = fx.Graph()
+    nodes = {name: graph.placeholder(name) for name in table}
+    for name, node in nodes.items():
+        node.meta["val"] = table[name]
+    name = f"_scaled_dot_product_{kind}_attention"
+    product = 2 * (2 * 4 * 8 * 8 * 16)  # of one matmul
+    forward = graph.call_function(getattr(aten, name).default, tuple(nodes[n] for n in "qkv"))
+    assert node_flops(forward) == 2 * product
+    op = getattr(aten, f"{name}_backward").default
+    assert node_flops(graph.call_function(op, tuple(nodes.values()))) == 5 * product
+
+
 def test_a_view_moves_no_bytes_and_a_sum_those_of_its_operands() -> None:
     builder = GraphBuilder()
     x = builder.input("x", 4, 8)

@@ -25,8 +25,6 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import (
     flop_registry,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
 )
 
 from lohan_fx.errors import PassError
@@ -540,13 +538,17 @@ Formula = Callable[..., Any]
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    count: Formula = sdpa_flop_count
-    return int(count(query.shape, key.shape, value.shape))
+    """Two matmuls for each query head; key and value may have fewer heads (grouped queries)."""
+    batch, heads, queries, head_dim = query.shape
+    keys, value_dim = key.shape[2], value.shape[3]
+    return 2 * int(batch * heads * queries * keys * (head_dim + value_dim))
 
 
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    count: Formula = sdpa_backward_flop_count
-    return int(count(grad.shape, query.shape, key.shape, value.shape))
+def _attention_backward(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+    """Five: scores once more, then the gradients of scores, values, queries and keys."""
+    batch, heads, queries, head_dim = query.shape
+    keys, value_dim = key.shape[2], value.shape[3]
+    return 2 * int(batch * heads * queries * keys * (3 * head_dim + 2 * value_dim))
 
 
 def _matrix_vector(matrix: Any, vector: Any, *_: Any, **__: Any) -> int:
@@ -557,23 +559,25 @@ def _add_matrix_vector(_: Any, matrix: Any, vector: Any, **__: Any) -> int:
     return 2 * int(matrix.numel())
 
 
-def _missing_formulas() -> dict[Any, Formula]:
-    """Formulas for ops that torch's table lacks."""
+def _own_formulas() -> dict[Any, Formula]:
+    """Formulas for ops that torch's table lacks, or where it wants as many key as query heads."""
     wanted: dict[str, Formula] = {
-        "_scaled_dot_product_flash_attention_for_cpu": _attention,
-        "_scaled_dot_product_fused_attention_overrideable": _attention,
-        "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
-        "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
         "mv": _matrix_vector,
         "dot": _matrix_vector,
         "addmv": _add_matrix_vector,
     }
+    for kind in ("flash", "efficient", "cudnn", "fused"):
+        suffix = "_overrideable" if kind == "fused" else ""
+        wanted[f"_scaled_dot_product_{kind}_attention{suffix}"] = _attention
+        wanted[f"_scaled_dot_product_{kind}_attention{suffix}_backward"] = _attention_backward
+    wanted["_scaled_dot_product_flash_attention_for_cpu"] = _attention
+    wanted["_scaled_dot_product_flash_attention_for_cpu_backward"] = _attention_backward
     return {
         getattr(_aten, name): formula for name, formula in wanted.items() if hasattr(_aten, name)
     }
 
 
-_FORMULAS: dict[Any, Formula] = {**_missing_formulas(), **flop_registry}
+_FORMULAS: dict[Any, Formula] = {**flop_registry, **_own_formulas()}
 
 # Higher-order ops that run another op under a saved random state: position of that op in args.
 _WRAPPED = {"run_and_save_rng_state": 0, "run_with_rng_state": 1, "graphsafe_run_with_rng_state": 0}
