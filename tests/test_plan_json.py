@@ -89,8 +89,32 @@ def test_a_plan_has_every_key_of_the_contract() -> None:
         "bytes",
         "placement",
         "reason",
+        "bucket",
     }
     assert raw["schedule"][0] == {"pass": "forward", "op": "fetch", "arg": 0}
+
+
+def test_tensors_name_the_item_they_move_with_and_the_graph_says_who_reads_it() -> None:
+    raw = json.loads(made().to_json())
+    weight, value, temporary = (raw["tensors"][row] for row in (0, 4, 5))
+    assert weight["bucket"] == 0 and "recompute_s" not in weight
+    assert (
+        value["activation"] == 0 and value["recompute_s"] == question().activations[0].recompute_s
+    )
+    assert "bucket" not in temporary and "activation" not in temporary
+    assert raw["graph"]["stages"] == ["layer0", "layer1"]
+    assert raw["graph"]["bucket_stages"] == [[0], [1]]
+    assert raw["graph"]["activation_stages"] == [[0, 0, 0, 0]]
+
+
+def test_plans_of_before_tensors_named_their_items_are_read() -> None:
+    raw = json.loads(made().to_json())
+    for tensor in raw["tensors"]:
+        for key in ("bucket", "activation", "recompute_s"):
+            tensor.pop(key, None)
+    for key in ("stages", "bucket_stages", "activation_stages"):
+        del raw["graph"][key]
+    assert Plan.from_json(json.dumps(raw)).to_dict() == raw
 
 
 def test_the_published_schema_is_a_schema_and_accepts_a_plan() -> None:

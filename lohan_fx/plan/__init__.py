@@ -27,6 +27,7 @@ from lohan_fx.planner import (
     simulate,
 )
 
+from .graph import GraphSummary
 from .timeline import Timeline
 
 PLAN_SCHEMA = 2
@@ -54,7 +55,11 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class PlanTensor:
-    """One tensor and its place. In JSON, `cls` is called "class"."""
+    """One tensor and its place. In JSON, `cls` is called "class".
+
+    `bucket` or `activation` is the index of the item that it moves with, as in the plan's graph,
+    solution and timeline; `recompute_s` is what making an activation again would cost.
+    """
 
     name: str
     cls: str
@@ -64,6 +69,26 @@ class PlanTensor:
     bytes: int
     placement: str
     reason: str
+    bucket: int | None = None
+    activation: int | None = None
+    recompute_s: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON as a plain dict, without what is None."""
+        raw: dict[str, Any] = {
+            "name": self.name,
+            "class": self.cls,
+            "layer": self.layer,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "bytes": self.bytes,
+            "placement": self.placement,
+            "reason": self.reason,
+        }
+        for key in ("bucket", "activation", "recompute_s"):
+            if getattr(self, key) is not None:
+                raw[key] = getattr(self, key)
+        return raw
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,46 +119,6 @@ class Throughput:
 
     tokens_per_s: float | None = None
     model_tflops: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSummary:
-    """What of a problem the graph fixes, to say how another graph differs.
-
-    Buckets are (name, elements), activations (name, bytes).
-    """
-
-    num_stages: int
-    buckets: tuple[tuple[str, int], ...]
-    activations: tuple[tuple[str, int], ...]
-
-    @classmethod
-    def of(cls, problem: Problem) -> GraphSummary:
-        return cls(
-            problem.num_stages,
-            tuple((b.name, b.numel) for b in problem.buckets),
-            tuple((a.name, a.bytes) for a in problem.activations),
-        )
-
-    def differences(self, other: GraphSummary) -> list[str]:
-        """How `other` differs from this, in words, the first few."""
-        found: list[str] = []
-        if self.num_stages != other.num_stages:
-            found.append(f"{other.num_stages} stages instead of {self.num_stages}")
-        for kind, unit, ours, theirs in (
-            ("bucket", "elements", self.buckets, other.buckets),
-            ("activation", "bytes", self.activations, other.activations),
-        ):
-            if len(ours) != len(theirs):
-                plural = "buckets" if kind == "bucket" else "activations"
-                found.append(f"{len(theirs)} {plural} instead of {len(ours)}")
-            for (name, size), (new_name, new_size) in zip(ours, theirs, strict=False):
-                if name != new_name:
-                    found.append(f"{kind} {new_name!r} instead of {name!r}")
-                    break
-                if size != new_size:
-                    found.append(f"{kind} {name!r} has {new_size} {unit} instead of {size}")
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,27 +178,11 @@ class Plan:
             "predicted": predicted,
             "optimality": None if self.optimality is None else dataclasses.asdict(self.optimality),
             "timeline": None if self.timeline is None else self.timeline.to_dict(),
-            "tensors": [
-                {
-                    "name": t.name,
-                    "class": t.cls,
-                    "layer": t.layer,
-                    "shape": list(t.shape),
-                    "dtype": t.dtype,
-                    "bytes": t.bytes,
-                    "placement": t.placement,
-                    "reason": t.reason,
-                }
-                for t in self.tensors
-            ],
+            "tensors": [t.to_dict() for t in self.tensors],
             "schedule": [{"pass": m.in_pass, "op": m.op, "arg": m.arg} for m in self.schedule],
             "solution": None if self.solution is None else self.solution.to_dict(),
             "fingerprint": self.fingerprint,
-            "graph": {
-                "num_stages": self.graph.num_stages,
-                "buckets": [list(row) for row in self.graph.buckets],
-                "activations": [list(row) for row in self.graph.activations],
-            },
+            "graph": self.graph.to_dict(),
         }
         if self.measured is not None:
             raw["measured"] = dict(self.measured)
@@ -241,7 +210,6 @@ class Plan:
             predicted = Prediction(
                 **{key: value for key, value in raw["predicted"].items() if key not in rates}
             )
-        graph = raw["graph"]
         try:
             timeline = None if raw["timeline"] is None else Timeline.from_dict(raw["timeline"])
         except IndexError as exc:
@@ -267,11 +235,7 @@ class Plan:
             schedule=tuple(PlanMove(m["pass"], m["op"], m["arg"]) for m in raw["schedule"]),
             solution=None if raw["solution"] is None else Solution.from_dict(raw["solution"]),
             fingerprint=raw["fingerprint"],
-            graph=GraphSummary(
-                graph["num_stages"],
-                tuple((name, size) for name, size in graph["buckets"]),
-                tuple((name, size) for name, size in graph["activations"]),
-            ),
+            graph=GraphSummary.from_dict(raw["graph"]),
             measured=raw.get("measured"),
         )
 
@@ -457,6 +421,9 @@ def _tensor(row: Mapping[str, Any]) -> PlanTensor:
         bytes=row["bytes"],
         placement=row["placement"],
         reason=row["reason"],
+        bucket=row.get("bucket"),
+        activation=row.get("activation"),
+        recompute_s=row.get("recompute_s"),
     )
 
 
@@ -491,6 +458,7 @@ def _placed(row: TensorRow, problem: Problem, solution: Solution) -> PlanTensor:
             f"tensor {row.name!r} has class {row.cls!r}; classes are {', '.join(TENSOR_CLASSES)}"
         )
     placement, reason = str(Place.GPU), "live within its stage only"
+    recompute_s = None
     if row.bucket is not None:
         bucket, place = problem.buckets[row.bucket], solution.buckets[row.bucket]
         placement = str(_bucket_tier(row.cls, bucket, place))
@@ -498,6 +466,8 @@ def _placed(row: TensorRow, problem: Problem, solution: Solution) -> PlanTensor:
     elif row.activation is not None:
         placement = str(solution.activations[row.activation])
         reason = _reason(solution.activation_reasons, row.activation)
+        activation = problem.activations[row.activation]
+        recompute_s = activation.recompute_s if activation.can_recompute else None
     return PlanTensor(
         name=row.name,
         cls=row.cls,
@@ -507,6 +477,9 @@ def _placed(row: TensorRow, problem: Problem, solution: Solution) -> PlanTensor:
         bytes=row.bytes,
         placement=placement,
         reason=reason,
+        bucket=row.bucket,
+        activation=row.activation,
+        recompute_s=recompute_s,
     )
 
 
