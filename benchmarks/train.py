@@ -1,243 +1,301 @@
-"""Time training steps of a Llama-config model under a budget; one JSON line at the end.
+"""Time training steps of a Llama-config model under a budget; a JSON line for each setting.
 
-    python benchmarks/train.py --size 3b --batch 8 --seq 1024 --budget "gpu=24GB, dram=100GB"
-    python benchmarks/train.py --size 3b --batch 8 --engine compile     # torch.compile, in memory
+    python benchmarks/train.py --size 3b --batch 8 --budget "gpu=24GB, dram=100GB"
+    python benchmarks/train.py --size 3b --batch 8 32 --clip 0 1 --engine ds_offload
+    python benchmarks/train.py --size 3b --batch 8 --budget gpu=78GB --engine compile --memory-fraction
 
-Model FLOPs are 6 x parameters x tokens. Peaks are torch.cuda.max_memory_allocated over the timed
-steps, and the runtime's own counts elsewhere.
+One process has one engine, size and budget; several batches and clippings run one after another, a peer's
+with the same model, lohan_fx's each with a new one. Keys of a line: see `measure.measure`; `setup_s` has
+the seconds of the first step by phase, `error` and `status` say why a setting has no figures.
+
+Without --memory-fraction the GPU part of a budget is what lohan_fx plans for; peers know no budget and
+would take what there is. With it torch's allocator is held to the budget (what it reserves, not only
+what it hands out), or to the given share of the device.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
-import statistics
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import measure
+import models
+import peers
+import psutil
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-# name: hidden, layers, heads, intermediate
-SIZES = {
-    "tiny": (64, 2, 4, 176),
-    "125m": (768, 12, 12, 2048),
-    "1b": (2048, 24, 16, 5504),
-    "wide": (4096, 8, 32, 11008),
-    "3b": (3072, 28, 24, 8192),
-    "7b": (4096, 32, 32, 11008),
-    "13b": (5120, 40, 40, 13824),
-}
+from lohan_fx import Budget, InfeasiblePlan
+from lohan_fx.hardware.here import default_file
+
+OURS = "lohan_fx"
 
 
-def build(size: str, seq: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    hidden, layers, heads, intermediate = SIZES[size]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        intermediate_size=intermediate,
-        vocab_size=32000,
-        max_position_embeddings=max(seq, 1024),
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(previous)
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for name, param in model.named_parameters():
-        with torch.no_grad():
-            if "norm" in name:
-                param.fill_(1.0)
-            elif param.numel() > 1 << 20:
-                # One block of random numbers, repeated: initialising billions takes minutes.
-                block = torch.empty(1 << 20).normal_(0.0, 0.02, generator=generator).to(dtype)
-                flat = param.view(-1)
-                for start in range(0, flat.numel(), block.numel()):
-                    part = flat[start : start + block.numel()]
-                    part.copy_(block[: part.numel()])
-            else:
-                param.normal_(0.0, 0.02, generator=generator)
-    # Rotary tables are not parameters and to_empty left them unset.
-    rotary = type(model.model.rotary_emb)(config)
-    model.model.rotary_emb = rotary
-    return model
+class LohanFx:
+    """The model under the budget; see measure.Engine."""
 
+    overlaps = True
 
-def lanes(profiler: Any) -> dict[str, float]:
-    """Seconds of one profiled step in which each lane of the GPU was busy, by union of its events."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    spans: dict[str, list[tuple[float, float]]] = {}
-    for event in events:
-        kind, name = event.get("cat", ""), event.get("name", "")
-        if kind == "kernel":
-            lane = "kernels"
-        elif kind == "gpu_memcpy":
-            lane = next((d for d in ("HtoD", "DtoH", "DtoD") if d in name), "other copies")
-        else:
-            continue
-        spans.setdefault(lane, []).append((event["ts"], event["ts"] + event["dur"]))
-    result = {lane: round(union(found) / 1e6, 4) for lane, found in sorted(spans.items())}
-    every = [span for found in spans.values() for span in found]
-    if every:
-        result["wall"] = round((max(e for _, e in every) - min(s for s, _ in every)) / 1e6, 4)
-    return result
-
-
-def union(spans: list[tuple[float, float]]) -> float:
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="3b")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two others")
-    parser.add_argument("--budget", default="gpu=24GB, dram=100GB")
-    parser.add_argument("--engine", choices=("lohan_fx", "compile"), default="lohan_fx")
-    parser.add_argument("--overlap", default="auto")
-    parser.add_argument("--policy", default="optimal")
-    parser.add_argument("--lowering", default="inductor")
-    parser.add_argument("--max-grad-norm", type=float)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dump", help="write the plan here")
-    parser.add_argument("--lanes", action="store_true", help="profile a last step by lane")
-    parser.add_argument("--report", action="store_true")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    cuda = device.type == "cuda"
-
-    begun = time.perf_counter()
-    model: Any = build(args.size, args.seq, torch.bfloat16)
-    num_params = sum(p.numel() for p in model.parameters())
-    built_s = time.perf_counter() - begun
-    result: dict[str, Any] = {
-        "engine": args.engine,
-        "size": args.size,
-        "params": num_params,
-        "batch": args.batch,
-        "seq": args.seq,
-        "budget": args.budget if args.engine == "lohan_fx" else None,
-        "overlap": args.overlap,
-        "policy": args.policy,
-        "max_grad_norm": args.max_grad_norm,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "build_s": round(built_s, 2),
-    }
-    if args.engine == "lohan_fx":
+    def __init__(self, args: argparse.Namespace, device: torch.device, clip: float | None) -> None:
         import lohan_fx
 
-        model = lohan_fx.compile(
+        model = models.build(args.size, args.seq, torch.bfloat16)
+        self.num_params = models.num_params(model)
+        self.args = args
+        self.model: Any = lohan_fx.compile(
             model,
             args.budget,
             device=device,
             overlap=args.overlap,
             policy=args.policy,
             lowering=args.lowering,
+            hardware=args.hardware,
+            plan=args.plan,
         )
-        optimizer: Any = lohan_fx.AdamW(
-            model.parameters(), lr=1e-5, max_grad_norm=args.max_grad_norm
+        self.optimizer: Any = lohan_fx.AdamW(
+            self.model.parameters(), lr=peers.LEARNING_RATE, max_grad_norm=clip
         )
-    else:
-        model = model.to(device)
-        model.gradient_checkpointing_enable() if args.batch * args.seq > 8192 else None
-        model.train()
-        model.compile()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
-    def sync() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.model(input_ids=tokens_BS, labels=tokens_BS).loss
+        return loss
 
-    generator = torch.Generator().manual_seed(1)
-    phases: list[tuple[float, float, float]] = []
-    losses = []
-    profiler = None
-    for step in range(args.steps + 2 + (2 if args.lanes else 0)):
-        if args.lanes and step == args.steps + 3:
-            profiler = torch.profiler.profile()
-            profiler.start()
-        tokens = torch.randint(0, 32000, (args.batch, args.seq), generator=generator).to(device)
-        if step == 2 and cuda:
-            torch.cuda.reset_peak_memory_stats()
-        at = [sync()]
-        loss = model(input_ids=tokens, labels=tokens).loss
-        at.append(time.perf_counter() if args.engine == "lohan_fx" else sync())
+    def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
-        at.append(time.perf_counter() if args.engine == "lohan_fx" else sync())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        del loss
-        at.append(sync())
-        phases.append((at[1] - at[0], at[2] - at[1], at[3] - at[2]))
-        print(f"step {step}: loss {losses[-1]:.4f}, {at[3] - at[0]:.3f} s", flush=True)
-    if profiler is not None:
-        profiler.stop()
-        result["lanes"] = lanes(profiler)
-    phases = phases[: args.steps + 2]
-    timed = [sum(p) for p in phases[2:]]
-    if args.engine == "lohan_fx":
-        # The last update may still be under way: what a step costs includes it.
-        drained = time.perf_counter()
-        model._lohan.runtime.drain()
-        result["drain_s"] = round(time.perf_counter() - drained, 4)
-    step_s = statistics.median(timed)
-    tokens_per_s = args.batch * args.seq / step_s
-    result |= {
-        "first_step_s": round(sum(phases[0]), 2),
-        "step_s": round(step_s, 4),
-        "steps_s": [round(t, 4) for t in timed],
-        "phases_s": [round(statistics.median(p[i] for p in phases[2:]), 4) for i in range(3)],
-        "tokens_per_s": round(tokens_per_s, 1),
-        "model_tflops": round(6 * num_params * tokens_per_s / 1e12, 1),
-        "losses": [round(x, 4) for x in losses],
-    }
-    if cuda:
-        result["gpu_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-        result["gpu_reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
-    if args.engine == "lohan_fx":
-        held = model._lohan.stats().peak_bytes
-        result["peak_gb"] = {tier: round(held[tier] / 1e9, 3) for tier in ("gpu", "dram", "ssd")}
-        if cuda:
-            result["peak_gb"]["gpu"] = result["gpu_peak_gb"]
-        result["stall_s"] = {k: round(v, 3) for k, v in model._lohan.stats().stall_s.items()}
-        predicted = model.plan.predicted
-        result["predicted"] = {
-            "step_s": round(predicted.step_s, 4),
-            "bound_s": round(predicted.bound_s, 4),
-            "bottleneck": predicted.bottleneck,
-            "peak_gb": {k: round(v / 1e9, 3) for k, v in predicted.peak_bytes.items()},
-            "lane_busy_s": {k: round(v, 4) for k, v in predicted.lane_busy_s.items()},
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def drain(self) -> None:
+        self.model._lohan.runtime.drain()
+
+    def moved_bytes(self) -> dict[str, int]:
+        return dict(self.model._lohan.stats().moved_bytes)
+
+    def facts(self) -> dict[str, Any]:
+        stats, plan = self.model._lohan.stats(), self.model.plan
+        predicted = plan.predicted
+        if self.args.report:
+            print(self.model.report())
+        if self.args.dump:
+            with open(self.args.dump, "w", encoding="utf-8") as file:
+                file.write(plan.to_json())
+        return {
+            "setup_s": {what: round(s, 2) for what, s in self.model._lohan.seconds.items()},
+            "peak_gb": {t: round(stats.peak_bytes[t] / 1e9, 3) for t in ("gpu", "dram", "ssd")},
+            "stall_s": {what: round(s, 3) for what, s in stats.stall_s.items()},
+            "predicted": {
+                "step_s": round(predicted.step_s, 4),
+                "bound_s": round(predicted.bound_s, 4),
+                "bottleneck": predicted.bottleneck,
+                "peak_gb": {k: round(v / 1e9, 3) for k, v in predicted.peak_bytes.items()},
+                "lane_busy_s": {k: round(v, 4) for k, v in predicted.lane_busy_s.items()},
+            },
         }
-        result["bound_ratio"] = round(step_s / predicted.bound_s, 3)
-        if args.report:
-            print(model.report())
-        if args.dump:
-            with open(args.dump, "w", encoding="utf-8") as file:
-                file.write(model.plan.to_json())
-        model.close()
-    print(json.dumps(result))
+
+    def close(self) -> None:
+        self.model.close()
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = found.add_argument
+    add("--size", choices=models.SIZES, default="3b")
+    add("--batch", type=int, nargs="+", default=[8])
+    add("--seq", type=int, default=1024)
+    add("--steps", type=int, default=5, help="timed steps, after two others")
+    add("--budget", default="gpu=24GB, dram=100GB")
+    add("--engine", choices=(OURS, *peers.ENGINES), default=OURS)
+    add("--clip", type=float, nargs="+", default=[0.0], help="bounds on the norm; 0 is none")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--lowering", choices=("inductor", "aten"), default="inductor")
+    add("--memory-fraction", nargs="?", const="budget", metavar="SHARE", help="see above")
+    add("--lanes", action="store_true", help="profile a last step: lanes, idle share of the GPU")
+    add("--warm-start", action="store_true", help="then start again in a new process, caches warm")
+    add("--fresh-caches", action="store_true", help="begin with no cache of compiled code")
+    ours = found.add_argument_group(OURS).add_argument
+    ours("--overlap", default="auto")
+    ours("--policy", default="optimal")
+    ours("--hardware", help="a preset or a file of rates to plan with")
+    ours("--plan", help="replay this plan")
+    ours("--dump", help="write the plan here")
+    ours("--report", action="store_true")
+    others = found.add_argument_group("peers").add_argument
+    others("--checkpoint-layers", type=int, help="in memory; else by an estimate of what fits")
+    others("--ssd", help="directory of ds_infinity; else the first of the budget")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    budget = Budget.parse(args.budget)
+    args.gpu_bytes = budget.gpu
+    if args.ssd is None:
+        args.ssd = next((str(path) for path, _ in budget.ssd or () if path), tempfile.gettempdir())
+    if args.fresh_caches:
+        _fresh_caches()
+    fraction = _hold_memory(args.memory_fraction, budget.gpu, device)
+    about = {
+        "engine": args.engine,
+        "size": args.size,
+        "seq": args.seq,
+        "budget": args.budget,
+        "gpu_budget_gb": budget.gpu / 1e9,
+        "memory_fraction": fraction,
+        "overlap": args.overlap if args.engine == OURS else None,
+        "policy": args.policy if args.engine == OURS else None,
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "allocator": os.environ.get("PYTORCH_ALLOC_CONF")
+        or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+        "start_s": round(time.time() - psutil.Process().create_time(), 2),
+    }
+    failed = False
+    engine: Any = None
+    for batch in args.batch:
+        for clip in args.clip:
+            line = dict(about, batch=batch, clip=clip or None)
+            try:
+                if engine is None or args.engine == OURS:
+                    engine = _closed(engine, cuda)
+                    start = time.perf_counter()
+                    engine = _engine(args, device, clip or None)
+                    line["build_s"] = round(time.perf_counter() - start, 2)
+                line["params"] = engine.num_params
+                shape = measure.Shape(batch, args.seq, args.steps, args.lanes)
+                line |= _measured(engine, shape, device, clip or None)
+            except Exception as error:
+                failed = True
+                line |= {"status": _status(error), "error": _words(error)}
+                print(f"{type(error).__name__}: {line['error']}", file=sys.stderr)
+            else:
+                _add_ratios(line)
+                if args.warm_start:
+                    # The device is free again before the other process wants it.
+                    engine = _closed(engine, cuda)
+                    line["warm"] = _warm_start(argv, batch, clip)
+            print(json.dumps(line), flush=True)
+            if "error" in line and args.engine != OURS:
+                return 1  # a peer that has failed once may be in any state
+    _closed(engine, cuda)
+    return int(failed)
+
+
+def _engine(args: argparse.Namespace, device: torch.device, clip: float | None) -> Any:
+    if args.engine == OURS:
+        return LohanFx(args, device, clip)
+    return peers.ENGINES[args.engine](args, device)
+
+
+def _closed(engine: Any, cuda: bool) -> None:
+    """Close an engine; whoever holds it lets go of it with the result, None."""
+    if engine is None:
+        return
+    engine.close()
+    engine.__dict__.clear()
+    torch._dynamo.reset()
+    if cuda:
+        torch.cuda.empty_cache()
+
+
+def _measured(
+    engine: Any, shape: measure.Shape, device: torch.device, clip: float | None
+) -> dict[str, Any]:
+    if isinstance(engine, peers.Peer):
+        engine.set(shape.batch, clip)
+    tries = 0
+    while True:
+        try:
+            return measure.measure(engine, shape, device) | ({"retries": tries} if tries else {})
+        except torch.OutOfMemoryError:
+            if not isinstance(engine, peers.Peer) or not engine.save_memory():
+                raise
+        tries += 1
+        print("out of memory; once more with more layers checkpointed", file=sys.stderr)
+
+
+def _add_ratios(line: dict[str, Any]) -> None:
+    if "setup_s" in line:
+        # Dynamo, AOTAutograd, and what else is not timed by itself.
+        rest = line["first_step_s"] - line["step_s"] - sum(line["setup_s"].values())
+        line["setup_s"]["rest"] = round(max(0.0, rest), 2)
+    if "predicted" in line:
+        line["bound_ratio"] = round(line["step_s"] / line["predicted"]["bound_s"], 3)
+
+
+def _status(error: Exception) -> str:
+    if isinstance(error, peers.NotInstalled):
+        return "not installed"
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        return "out of memory"
+    return "does not fit" if isinstance(error, InfeasiblePlan) else "failed"
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _hold_memory(wanted: str | None, gpu_bytes: int, device: torch.device) -> float | None:
+    """Hold torch's allocator to a share of the device, and say which."""
+    if wanted is None or device.type != "cuda":
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = gpu_bytes / total if wanted == "budget" else float(wanted)
+    if not 0 < share <= 1:
+        raise SystemExit(f"--memory-fraction: {share:.3f} of {device} is not between 0 and 1")
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    return round(share, 4)
+
+
+def _fresh_caches() -> None:
+    """Compiled code of this process and its children goes to a new folder; a machine's rates stay."""
+    folder = Path(tempfile.mkdtemp(prefix="caches-"))
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "LOHAN_FX_CACHE"):
+        (folder / variable).mkdir()
+    rates = default_file()
+    if rates.exists():
+        shutil.copy(rates, folder / "LOHAN_FX_CACHE" / rates.name)
+    for path in folder.iterdir():
+        os.environ[path.name] = str(path)
+
+
+def _warm_start(argv: Sequence[str] | None, batch: int, clip: float) -> dict[str, Any]:
+    """The first step of the same setting in a new process, which finds what this one has compiled."""
+    once = ("--warm-start", "--fresh-caches", "--lanes", "--report")
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in once]
+    words += ["--batch", str(batch), "--clip", str(clip), "--steps", "1"]
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        return {"error": f"exit code {done.returncode} and no line"}
+    found = json.loads(lines[-1])
+    wanted = ("start_s", "build_s", "first_step_s", "setup_s", "error")
+    return {key: found[key] for key in wanted if key in found} | {
+        "process_s": round(time.perf_counter() - begun, 1)
+    }
 
 
 if __name__ == "__main__":
-    main()
+    code = main()
+    sys.stdout.flush()
+    # Threads of peers may keep an interpreter from ending.
+    os._exit(code)
