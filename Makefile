@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard kernels/*) pyproject.toml constraints.txt
 TREE := build/typecheck
 
-.PHONY: help demo test lint types tree check bench clean
+.PHONY: help demo test browser lint types tree check bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,7 +27,14 @@ $(STAMP): $(VENV)/bin/python $(SOURCES)
 demo: $(STAMP)  ## set up, then train a real model whose budget forces all three tiers
 	$(BIN)/python examples/quickstart.py
 
-test: $(STAMP) lint types  ## set up, then check style, contracts, types and run all tests
+# Plans' pages are tested in a real browser, which is installed where that is possible.
+browser:
+	@command -v chromedriver > /dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -q \
+	     && apt-get install -y -q --no-install-recommends chromium chromium-driver; } \
+	|| echo "no chromedriver: tests of pages will be skipped (install chromium and chromium-driver)"
+
+test: $(STAMP) browser lint types  ## set up, then check style, contracts, types and run all tests
 	$(BIN)/python -m pytest
 
 # Contracts and types are checked on the tree as it is installed, where planner/ is lohan_fx.planner.

@@ -14,7 +14,7 @@ import pytest
 import torch
 from problems import activation, bucket, problem
 
-from lohan_fx import api
+from lohan_fx import api, view
 from lohan_fx.budget import Budget
 from lohan_fx.cli.models import PRESETS, resolve_model
 from lohan_fx.cli.plan import main
@@ -172,6 +172,18 @@ def test_the_plan_is_written_where_dump_says(
     assert plan.fits and plan.model == f"{factories}:build" and plan.hardware == "h200"
 
 
+def test_the_plan_and_its_page_are_written_in_one_go(
+    planned: Calls, factories: str, tmp_path: Path
+) -> None:
+    dump, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    asked = ["--model", f"{factories}:build", "--hardware", "h200", "--dump", str(dump)]
+    assert main([*asked, "--html", str(page)]) == 0
+    plan = Plan.from_json(dump.read_text())
+    assert page.read_text() == view.render([(plan.model, plan)])
+    assert main([*asked, "--html", str(page), "--budget", "gpu=1MB"]) == 2
+    assert "Nothing fits" in page.read_text() and '"fits":false' in page.read_text()
+
+
 def test_a_plan_that_does_not_fit_exits_with_2_and_says_what_would(
     planned: Calls, factories: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +211,9 @@ def test_a_plan_that_does_not_fit_exits_with_2_and_says_what_would(
         (["--model", "x", "--ssds", "4"], "--ssds"),
         (["--model", "x", "--hardware", "h200", "--dump", "/no/where/p.json"], "no directory"),
         (["--model", "x", "--hardware", "h200", "--dump", "/"], "is a directory"),
+        (["--model", "x", "--hardware", "h200", "--html", "/no/where/p.html"], "no directory"),
+        (["--model", "x", "--hardware", "h200", "--html", "/"], "is a directory"),
+        (["--model", "x", "--hardware", "h200", "--compare", "--html", "p"], "--html writes one"),
         (["--model", "x" * 5000, "--hardware", "h200"], "is no model"),
         (["--model", "no-such-model", "--hardware", "h200"], "gpt-175b"),
         (["--model", "no_such_module:build", "--hardware", "h200"], "cannot be imported"),

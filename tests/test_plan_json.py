@@ -266,7 +266,7 @@ def test_a_plan_that_breaks_the_schema_is_refused_where_it_does(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3"])
 def test_what_is_no_plan_is_refused(text: str) -> None:
-    with pytest.raises(LohanError, match="this plan"):
+    with pytest.raises(LohanError, match=r"this plan|not a plan"):
         Plan.from_json(text)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from lohan_fx import view
 from lohan_fx.budget import Budget, Machine
 from lohan_fx.cli import many
 from lohan_fx.cli.models import (
@@ -180,12 +181,15 @@ def _parser() -> argparse.ArgumentParser:
         "--full-trace",
         action="store_true",
         help=(
-            "trace every layer, rather than a few where all are alike (--dump, and --json of one plan, "
-            "always do)"
+            "trace every layer, rather than a few where all are alike (--dump, --html, and --json of one "
+            "plan, always do)"
         ),
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the plan as a page, as lohan_fx.view does"
+    )
     return parser
 
 
@@ -213,8 +217,8 @@ def _policy(text: str) -> str:
 def _run(args: argparse.Namespace) -> int:
     hardware, budget = _hardware_and_budget(args)
     pins = _pins(args.pin)
-    if args.dump is not None:
-        _check_dump(args)
+    for option in ("dump", "html"):
+        _check_output(args, option)
     question = _Question(args, hardware, budget, pins)
     if args.sweep:
         many.check_sweeps(args.sweep, hardware)
@@ -240,7 +244,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _one_plan(question: _Question) -> int:
     args = question.args
-    if args.dump is None and not args.json:
+    if args.dump is None and args.html is None and not args.json:
         step = question.trace(args.batch, args.seq)
         show(summary(step.plan(args.policy, question.pins), question.notes))
         return FITS
@@ -257,13 +261,11 @@ def _one_plan(question: _Question) -> int:
             budget=str(question.budget),
             policy=args.policy,
         )
-        if args.dump is not None:
-            _write(args.dump, unfit)
+        _write(args, unfit)
         if args.json:
             print(unfit.to_json(indent=1))
         raise
-    if args.dump is not None:
-        _write(args.dump, plan)
+    _write(args, plan)
     if args.json:
         print(plan.to_json(indent=1))
     else:
@@ -432,13 +434,16 @@ def _pins(given: Sequence[tuple[str, str]]) -> dict[str, str]:
     return pins
 
 
-def _check_dump(args: argparse.Namespace) -> None:
+def _check_output(args: argparse.Namespace, option: str) -> None:
+    path: Path | None = getattr(args, option)
+    if path is None:
+        return
     if args.compare or args.sweep or args.max_model or args.explain:
-        raise LohanError("--dump writes one plan; print several as JSON with --json")
-    if not args.dump.parent.is_dir():
-        raise LohanError(f"--dump {args.dump}: there is no directory {args.dump.parent}")
-    if args.dump.is_dir():
-        raise LohanError(f"--dump {args.dump} is a directory; name a file")
+        raise LohanError(f"--{option} writes one plan; print several as JSON with --json")
+    if not path.parent.is_dir():
+        raise LohanError(f"--{option} {path}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise LohanError(f"--{option} {path} is a directory; name a file")
 
 
 def _hardware_and_budget(args: argparse.Namespace) -> tuple[Hardware, Budget]:
@@ -476,8 +481,12 @@ def _torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _write(path: Path, plan: Plan) -> None:
-    try:
-        path.write_text(plan.to_json(indent=1) + "\n", encoding="utf-8")
-    except OSError as exc:
-        raise LohanError(f"the plan cannot be written to {path} ({exc.strerror})") from exc
+def _write(args: argparse.Namespace, plan: Plan) -> None:
+    """Write the files that were asked for."""
+    if args.dump is not None:
+        try:
+            args.dump.write_text(plan.to_json(indent=1) + "\n", encoding="utf-8")
+        except OSError as exc:
+            raise LohanError(f"the plan cannot be written to {args.dump} ({exc.strerror})") from exc
+    if args.html is not None:
+        view.write(args.html, view.render([(plan.model, plan)]))

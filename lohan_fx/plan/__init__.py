@@ -391,17 +391,30 @@ def json_schema() -> dict[str, Any]:
 
 def validate_json(raw: Any) -> None:
     """Raise LohanError, naming the place, unless `raw` (parsed JSON) is a plan of this schema."""
-    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if not isinstance(raw, dict) or "schema" not in raw:
+        raise LohanError(
+            "this is not a plan: it has no schema number; `python -m lohan_fx.plan --dump` writes plans"
+        )
+    schema = raw["schema"]
     if schema != PLAN_SCHEMA:
         raise LohanError(
             f"this plan has schema {schema!r}, this version reads {PLAN_SCHEMA}; write it again "
             "with `python -m lohan_fx.plan`"
         )
-    error = next(iter(_validator().iter_errors(raw)), None)
+    _check(_validator(), raw, "a plan")
+
+
+def validate_timeline(raw: Any) -> None:
+    """Raise LohanError, naming the place, unless `raw` (parsed JSON) is a timeline as plans have."""
+    _check(_timeline_validator(), raw, "a timeline")
+
+
+def _check(validator: Any, raw: Any, what: str) -> None:
+    error = next(iter(validator.iter_errors(raw)), None)
     if error is not None:
         where = "/".join(str(part) for part in error.absolute_path) or "the top"
         message = error.message if len(error.message) < 300 else error.message[:300] + "..."
-        raise LohanError(f"this is not a plan: at {where}: {message}")
+        raise LohanError(f"this is not {what}: at {where}: {message}")
 
 
 @cache
@@ -409,6 +422,16 @@ def _validator() -> Any:
     import jsonschema
 
     return jsonschema.Draft202012Validator(json_schema())
+
+
+@cache
+def _timeline_validator() -> Any:
+    """Of a timeline that is there: a plan's may be null."""
+    import jsonschema
+
+    defs = json_schema()["$defs"]
+    step = next(row for row in defs["timeline"]["oneOf"] if row["type"] == "object")
+    return jsonschema.Draft202012Validator({**step, "$defs": defs})
 
 
 def _tensor(row: Mapping[str, Any]) -> PlanTensor:
@@ -523,4 +546,5 @@ __all__ = [
     "count_params",
     "json_schema",
     "validate_json",
+    "validate_timeline",
 ]

@@ -1,0 +1,12 @@
+"""Plans as one self-contained HTML page: memory over time, lanes, tensors, stages, differences.
+
+`python -m lohan_fx.view plan.json --html out.html`. The page holds its data, style and scripts, asks
+the network for nothing and is the same bytes for the same plans.
+"""
+
+from __future__ import annotations
+
+from .measured import MeasuredTrace
+from .page import render, write
+
+__all__ = ["MeasuredTrace", "render", "write"]
