@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard kernels/*) pyproject.toml constraints.txt
 TREE := build/typecheck
+# Tests of one run at a time on each core; every one of them may need 2 GB of memory.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0))))")
 
 .PHONY: help demo test browser lint types tree check bench clean
 
@@ -35,7 +37,7 @@ browser:
 	|| echo "no chromedriver: tests of pages will be skipped (install chromium and chromium-driver)"
 
 test: $(STAMP) browser lint types  ## set up, then check style, contracts, types and run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Contracts and types are checked on the tree as it is installed, where planner/ is lohan_fx.planner.
 tree: $(STAMP)

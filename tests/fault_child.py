@@ -63,6 +63,7 @@ def _is_link(fd: str) -> bool:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started with & ignores it
     mode, folder, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     disk, checkpoint = folder / "disk", folder / "checkpoint"
     model = compiled(Tiny(dropout=0.1), disk, policy=RandomPolicy(3))
