@@ -22,6 +22,7 @@ _PUBLIC = {
     "PassError": "errors",
     "Plan": "plan",
     "PlanMismatch": "errors",
+    "Trace": "tracing",
     "TrainingLoopError": "errors",
     "TransferError": "errors",
     "Explanation": "explanation",
@@ -67,3 +68,4 @@ if TYPE_CHECKING:
     from .optim import Adam, AdamW
     from .plan import Plan
     from .scaling import GradScaler
+    from .tracing import Trace

@@ -22,9 +22,11 @@ from .generation import Generates
 from .pins import Pins, check_pins
 from .plan import Plan
 from .planner import DEFAULT_POLICY, Capacities, Overlap, check_policy
+from .recording import recorded
 from .report import report_text
 from .session import Captured, PlanReady, Policy, Session, Settings
 from .step import TracedStep
+from .tracing import Trace
 from .units import format_bytes, parse_bytes
 
 OVERLAPS = ("auto", *(str(mode) for mode in Overlap))
@@ -59,6 +61,21 @@ class CompiledModel(torch.nn.Module):
             self._lohan.seconds,
             self._lohan.settings.hardware.source,
         )
+
+    def trace(self, path: str | os.PathLike[str] | None = None) -> AbstractContextManager[Trace]:
+        """Record what every lane does in the training steps inside: `with model.trace("trace.json"):`.
+
+        Steps, their spans by lane (gpu, h2d, d2h, ssd_read, ssd_write, cpu_adam), what the GPU waited
+        for, and memory are in the form of the plan's own timeline; see `lohan_fx.tracing`. The trace
+        that `with` gives is filled when the block ends, and then written to `path`, if there is one; a
+        block that raises writes nothing. Numbers stay the same. A few steps are enough: every event is
+        kept until the end. On CUDA, memory of the GPU is that of torch's allocator between regions; on
+        the CPU, what the runtime accounts for.
+
+        Raises:
+            LohanError: a trace is being recorded already.
+        """
+        return recorded(self._lohan, path)
 
     def graphs(self) -> dict[str, str]:
         """The rewritten graphs of the step captured last, as readable Python.

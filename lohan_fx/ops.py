@@ -94,6 +94,31 @@ for _schema in _SCHEMAS:
     _define(_schema)
 
 
+class Watcher(Protocol):
+    """What is told of a pass while somebody looks: each `enter` ends at the next `leave`."""
+
+    def enter_stage(self, stage: int) -> None: ...
+    def enter_move(self, op: str, arg: int | None) -> None: ...
+    def leave(self) -> None: ...
+
+
+watched: dict[int, Watcher] = {}  # runtimes that record, by number
+_watchers: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
+
+
+def offer_watcher(number: int, watcher: Watcher) -> None:
+    """Have `watcher` told of this runtime's passes while torch's profiler runs; the caller keeps it."""
+    _watchers[number] = watcher
+
+
+def watcher_of(number: int) -> Watcher | None:
+    """Who is to be told of a pass that starts now; None unless it is recorded or profiled."""
+    found = watched.get(number)
+    if found is None and torch._C._autograd._profiler_enabled():
+        found = _watchers.get(number)
+    return found
+
+
 def is_move(node: fx.Node) -> bool:
     """True for a call of one of the ops above."""
     return node.op == "call_function" and getattr(node.target, "namespace", None) == "lohan"

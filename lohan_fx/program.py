@@ -118,6 +118,22 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
+class Names:
+    """What the items of a program's plan are called, by index.
+
+    `slots` has the activation that each slot holds, `slot_names` what the slots are called; `params`
+    are by pid.
+    """
+
+    stages: tuple[str, ...] = ()
+    buckets: tuple[str, ...] = ()
+    activations: tuple[str, ...] = ()
+    slots: tuple[int, ...] = ()
+    slot_names: tuple[str, ...] = ()
+    params: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """The moves of one captured step, in program order.
 

@@ -71,10 +71,11 @@ from .planner import (
     solve,
     validate,
 )
-from .program import Bucket, BucketPlacement, ParamSpec, Tier
+from .program import Bucket, BucketPlacement, Names, ParamSpec, Tier
 from .progress import progress_of_bytes
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
 from .runtime.buckets import stored_pieces
+from .runtime.recorder import Recorder
 from .step import TracedStep
 from .units import format_bytes
 
@@ -129,6 +130,7 @@ class Captured:
     options: RuntimeOptions
     woven: Woven | None = None
     skeletons: dict[str, Skeleton] = field(default_factory=dict)
+    activation_of: Mapping[str, int] = field(default_factory=dict)  # by the name of a saved value
 
     @property
     def complete(self) -> bool:
@@ -166,6 +168,7 @@ class Session:
         self._adopted = False
         self._closed = False
         self.saving: Any = None  # the checkpoint written last in the background
+        self.recorder: Recorder | None = None  # notes what steps do
         self.params = ManagedParams(model, self, device=settings.device, dtype=dtype)
         self._requires_grad = [stub.requires_grad for stub in self.params.stubs]
         # Parameters that the step updates, and those that it would but whose gradient is None.
@@ -441,6 +444,7 @@ class Session:
             solution=solution,
             placements=tuple(_placement(place) for place in solution.buckets),
             options=self._options(solution, problem),
+            activation_of={node.name: c.index for c in traced.candidates for node in c.nodes},
         )
         index = len(self.captured)
         self.captured.append(captured)
@@ -454,6 +458,7 @@ class Session:
                 options=captured.options,
                 verify_io=settings.verify_io,
             )
+            self.runtime.record(self.recorder)
         placements = captured.placements
         windows = solution.windows
         return Decision(
@@ -523,7 +528,7 @@ class Session:
                 self._came_again.add(fingerprint)
                 raise ComesAgain("planned anew")
         if index not in self._known:
-            runtime.add_program(captured.woven.program)
+            runtime.add_program(captured.woven.program, self._names_of(captured))
             self._known.add(index)
         if not self._adopted:
             nbytes = sum(bucket.weight_bytes + bucket.state_bytes for bucket in self.buckets)
@@ -558,6 +563,18 @@ class Session:
         if captured.training and optimizer is not None:
             runtime.attach(optimizer)
         runtime.no_sync = self._no_sync
+
+    def _names_of(self, captured: Captured) -> Names:
+        assert captured.woven is not None
+        problem, slots = captured.problem, captured.woven.program.slots
+        return Names(
+            stages=tuple(stage.name for stage in problem.stages),
+            buckets=tuple(bucket.name for bucket in problem.buckets),
+            activations=tuple(activation.name for activation in problem.activations),
+            slots=tuple(captured.activation_of[slot.name] for slot in slots),
+            slot_names=tuple(slot.name for slot in slots),
+            params=tuple(self.names),
+        )
 
     def _is_placed(self, program: Captured) -> bool:
         return self._placed is not None and program.placements == self._placed.placements

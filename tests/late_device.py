@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from lohan_fx.runtime.device import Arrival, CpuDevice
+from lohan_fx.runtime.recorder import About
 
 
 class LateArrival:
@@ -66,13 +67,21 @@ class LateDevice(CpuDevice):
         return arrival
 
     def copy_in(
-        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] | None = None
+        self,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Arrival] | None = None,
+        about: About | None = None,
     ) -> Arrival:
         self.bytes_in += source.numel()
         return self._start(0, to, source, after or ())
 
     def copy_out(
-        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] = ()
+        self,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Arrival] = (),
+        about: About | None = None,
     ) -> Arrival:
         self.bytes_out += source.numel()
         return self._start(1, to, source, after)

@@ -20,6 +20,7 @@ from typing import Any
 from torch import fx
 
 from lohan_fx.errors import PassError
+from lohan_fx.ops import Watcher, is_move
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 
@@ -77,12 +78,15 @@ class _Emitter:
         name: str,
         boxed: Mapping[fx.Node, Boxed],
         attributes: Mapping[str, object],
+        watcher: Callable[[], Watcher | None] | None,
     ) -> None:
         self.name = name
         self.boxed = boxed
         self.attributes = attributes
         self.nodes = list(graph.nodes)
-        self.globals = _Globals({node.name for node in self.nodes} | {name, "args", "inputs"})
+        taken = {node.name for node in self.nodes} | {name, "args", "inputs", "told"}
+        self.globals = _Globals(taken)
+        self.watcher = watcher
         self.names: dict[fx.Node, str] = {node: node.name for node in self.nodes}
         self.lines: list[str] = []
         self.dies_at: dict[fx.Node, list[fx.Node]] = {}
@@ -147,6 +151,10 @@ class _Emitter:
             and node.args[0] in self.boxed
         }
 
+    def tell(self, what: str) -> None:
+        if self.watcher is not None:
+            self.lines.append(f"told.{what}")
+
     def boxed_call(self, node: fx.Node, results: Sequence[fx.Node]) -> None:
         function = self.globals.name(self.boxed[node], op_hint(node.target))
         ends = self.dies_at.get(node, [])
@@ -157,7 +165,9 @@ class _Emitter:
             self.lines.append(f"del {', '.join(given)}")
         names = ", ".join(value.name for value in results)
         left = f"{names}{',' if len(results) == 1 else ''} = " if results else ""
+        self.tell(f"enter_stage({node.meta.get('lohan_stage') or 0})")
         self.line(f"{left}{function}(inputs)", node)
+        self.tell("leave()")
         if unread:
             self.lines.append(f"del {', '.join(unread)}")
 
@@ -172,6 +182,8 @@ class _Emitter:
             comma = "," if len(inputs) == 1 else ""
             self.lines.append(f"{', '.join(node.name for node in inputs)}{comma} = args")
         self.lines.append("args.clear()")
+        if self.watcher is not None:
+            self.lines.append(f"told = {self.globals.name(self.watcher, 'watcher')}()")
         unused = [node.name for node in inputs if node in self.dies_at.get(node, ())]
         if unused:
             self.lines.append(f"del {', '.join(unused)}")
@@ -197,10 +209,15 @@ class _Emitter:
                 self.boxed_call(node, results)
                 continue
             dying = self.dies_at.get(node, [])
+            move = _move_in_pass(node)
+            if move is not None:
+                self.tell(f"enter_move({move[0]!r}, {move[1]})")
             if node in dying:  # nobody reads it
                 self.line(self.call(node), node)
             else:
                 self.line(f"{node.name} = {self.call(node)}", node)
+            if move is not None:
+                self.tell("leave()")
             self._drop_after(node)
 
         body = "".join(f"    {line}\n" for line in self.lines)
@@ -215,6 +232,14 @@ class _Emitter:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _move_in_pass(node: fx.Node) -> tuple[str, int] | None:
+    """A move's op and what it moves; None for other nodes, and for what begins or ends a pass."""
+    if not is_move(node) or len(node.args) < 2 or not isinstance(node.args[1], int):
+        return None
+    op = op_hint(node.target)
+    return None if op == "begin" else (op, node.args[1])
 
 
 def _result_index(node: fx.Node) -> int:
@@ -240,11 +265,13 @@ def emit(
     name: str,
     boxed: Mapping[fx.Node, Boxed] | None = None,
     attributes: Mapping[str, object] | None = None,
+    watcher: Callable[[], Watcher | None] | None = None,
 ) -> Emitted:
     """`graph` as a function of one list of its inputs, which it empties; returns a list.
 
     `boxed` gives the callee of each call that takes its arguments as one list and whose results are
-    the getitems that follow it; `attributes` holds the values of the graph's get_attr nodes.
+    the getitems that follow it; `attributes` holds the values of the graph's get_attr nodes. With a
+    `watcher`, the function asks for one when it begins, and tells it of each region and each move.
     Raises PassError for calls of methods and modules.
     """
-    return _Emitter(graph, name, boxed or {}, attributes or {}).emit()
+    return _Emitter(graph, name, boxed or {}, attributes or {}, watcher).emit()

@@ -11,15 +11,16 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lohan_fx.ops import is_move
+from lohan_fx.ops import is_move, watcher_of
 
 from .emit import Boxed, Emitted, emit
 from .region_compilers import RegionCompiler
@@ -38,12 +39,33 @@ class Skeleton:
 
     cut: Cut
     emitted: Emitted
+    boxed: Mapping[fx.Node, Boxed]
     # How AOTAutograd asks for the list convention. Its wrappers copy what is in __dict__, hence a
     # field, and no slots.
     _boxed_call: bool = True
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
-        return self.emitted.run(args)
+        watcher = watcher_of(self.runtime_number)
+        return (self.emitted if watcher is None else self.watched).run(args)
+
+    @cached_property
+    def runtime_number(self) -> int:
+        """Of the runtime that its moves go to; 0 where it has none."""
+        for node in self.graph.nodes:
+            if is_move(node):
+                return int(node.args[0])
+        return 0
+
+    @cached_property
+    def watched(self) -> Emitted:
+        """The same program, which tells the runtime's watcher where it is."""
+        return emit(
+            self.graph,
+            name="skeleton",
+            boxed=self.boxed,
+            attributes=self.cut.attributes,
+            watcher=partial(watcher_of, self.runtime_number),
+        )
 
     @property
     def source(self) -> str:
@@ -85,7 +107,7 @@ def assemble(parts: Cut, compiler: RegionCompiler, fake_mode: FakeTensorMode) ->
             parts.num_regions,
         )
     emitted = emit(parts.graph, name="skeleton", boxed=boxed, attributes=parts.attributes)
-    return Skeleton(parts, emitted)
+    return Skeleton(parts, emitted, boxed)
 
 
 # --- What is alive when -------------------------------------------------------------------------

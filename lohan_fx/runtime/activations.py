@@ -15,6 +15,7 @@ from lohan_fx.program import Program, Slot, Tier
 from .buckets import same_layout
 from .device import Arrival, Device
 from .memory import PAGE, Arena, HostBytes, Pools, Span, pages
+from .recorder import About
 from .waits import Waits
 
 _SLOT_ALIGN = 512
@@ -50,6 +51,11 @@ class _Cell:
     arrival: Arrival | None = None
     span: Span | None = None
     ticket: int = 0
+
+    @property
+    def move(self) -> About:
+        """What takes it out."""
+        return ("offload", self.slot.index)
 
 
 class SlotSource:
@@ -131,6 +137,11 @@ class Slots:
                 self._cells[slot.index] = _Cell(slot, where, None, (self._extent, at))
         self._program = program.index
 
+    @property
+    def dram_bytes(self) -> int:
+        """Host memory of the active program's slots."""
+        return 0 if self._host is None else self._host.nbytes
+
     def source(self, index: int) -> SlotSource:
         return SlotSource(self, self._cells[index])
 
@@ -157,7 +168,7 @@ class Slots:
             assert self._arena is not None
             cell.span = self._stage(slot.nbytes, cell.name)
             to = self._arena.view(cell.span, slot.nbytes)
-        cell.arrival = self._device.copy_out(to, cell.source)
+        cell.arrival = self._device.copy_out(to, cell.source, about=cell.move)
         cell.state = SlotState.LEAVING
         if cell.dram is None:
             self._leaving.append(cell)
@@ -257,7 +268,8 @@ class Slots:
             return
         cell = self._leaving[0]
         assert cell.arrival is not None
-        self._waits.until("d2h", f"the copy of {cell.name}", cell.arrival.is_complete)
+        name = f"the copy of {cell.name}"
+        self._waits.until("d2h", name, cell.arrival.is_complete, cell.move)
         self._leaving.popleft()
         if discard:
             self._give_span(cell)
@@ -283,7 +295,7 @@ class Slots:
         """Block until the oldest write is done."""
         engine = self._pools.engine
         assert engine is not None and cell is self._writing[0]
-        with self._waits.counted("ssd_write"):
+        with self._waits.counted("ssd_write", cell.move):
             try:
                 engine.wait(cell.ticket, self._waits.deadline_s)
             finally:

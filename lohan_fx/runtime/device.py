@@ -18,6 +18,8 @@ import torch
 
 from lohan_fx.errors import LohanError
 
+from .recorder import About, Recorder
+
 # Every value handed to a kernel starts at a multiple of this many bytes.
 DEVICE_ALIGN = 512
 
@@ -34,24 +36,36 @@ class Arrival(Protocol):
 
 
 class Device(Protocol):
-    """What the runtime needs of a device; bytes are 1-D uint8 tensors on both sides."""
+    """What the runtime needs of a device; bytes are 1-D uint8 tensors on both sides.
+
+    Copies are told which move they are `about` for `recorder`, if there is one.
+    """
 
     device: torch.device
     bytes_in: int
     bytes_out: int
+    recorder: Recorder | None
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """A buffer allocated on the compute stream, aligned to DEVICE_ALIGN."""
         ...
 
     def copy_in(
-        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] | None = None
+        self,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Arrival] | None = None,
+        about: About | None = None,
     ) -> Arrival:
         """Start host -> device, after what the compute stream holds now, or only after `after`."""
         ...
 
     def copy_out(
-        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] = ()
+        self,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Arrival] = (),
+        about: About | None = None,
     ) -> Arrival:
         """Start device -> host, after what the compute stream holds now and after `after`."""
         ...
@@ -93,24 +107,44 @@ class CpuDevice:
         self.device = torch.device("cpu")
         self.bytes_in = 0
         self.bytes_out = 0
+        self.recorder: Recorder | None = None
 
     def empty(self, nbytes: int) -> torch.Tensor:
         room = torch.empty(nbytes + DEVICE_ALIGN, dtype=torch.uint8)
         return room.narrow(0, -room.data_ptr() % DEVICE_ALIGN, nbytes)
 
     def copy_in(
-        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] | None = None
+        self,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Arrival] | None = None,
+        about: About | None = None,
     ) -> Arrival:
-        to.copy_(source)
+        self._copy("h2d", to, source, about)
         self.bytes_in += source.numel()
         return COMPLETE
 
     def copy_out(
-        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] = ()
+        self,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Arrival] = (),
+        about: About | None = None,
     ) -> Arrival:
-        to.copy_(source)
+        self._copy("d2h", to, source, about)
         self.bytes_out += source.numel()
         return COMPLETE
+
+    def _copy(self, lane: str, to: torch.Tensor, source: torch.Tensor, about: About | None) -> None:
+        recorder = self.recorder
+        if recorder is None or about is None:
+            to.copy_(source)
+            return
+        start = recorder.now()
+        to.copy_(source)
+        end = recorder.now()
+        recorder.copied(lane, about, start, end)
+        recorder.paused(lane, about, start, end)  # the one thread that there is does not compute
 
     def mark(self) -> Arrival:
         return COMPLETE
@@ -132,11 +166,14 @@ class CpuDevice:
 
 
 class _CudaArrival:
-    __slots__ = ("event",)
+    """`copy` is (lane, move) of the copy that arrives, where that is recorded."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    __slots__ = ("copy", "event")
+
+    def __init__(self, stream: torch.cuda.Stream, copy: tuple[str, About] | None = None) -> None:
+        self.event = torch.cuda.Event(enable_timing=copy is not None)  # type: ignore[no-untyped-call]
         self.event.record(stream)
+        self.copy = copy
 
     @property
     def handle(self) -> int:
@@ -158,6 +195,7 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self.bytes_in = 0
         self.bytes_out = 0
+        self.recorder: Recorder | None = None
         self._h2d = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._d2h = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
@@ -169,22 +207,30 @@ class CudaDevice:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def copy_in(
-        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] | None = None
+        self,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Arrival] | None = None,
+        about: About | None = None,
     ) -> Arrival:
         if after is None:
             self._h2d.wait_stream(self._compute())
         else:
             self._hold(self._h2d, after)
         self.bytes_in += source.numel()
-        return self._copy(self._h2d, to, source)
+        return self._copy(self._h2d, to, source, "h2d", about)
 
     def copy_out(
-        self, to: torch.Tensor, source: torch.Tensor, after: Sequence[Arrival] = ()
+        self,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Arrival] = (),
+        about: About | None = None,
     ) -> Arrival:
         self._d2h.wait_stream(self._compute())
         self._hold(self._d2h, after)
         self.bytes_out += source.numel()
-        return self._copy(self._d2h, to, source)
+        return self._copy(self._d2h, to, source, "d2h", about)
 
     @staticmethod
     def _hold(stream: torch.cuda.Stream, arrivals: Sequence[Arrival]) -> None:
@@ -192,19 +238,38 @@ class CudaDevice:
             if isinstance(arrival, _CudaArrival):
                 stream.wait_event(arrival.event)
 
-    @staticmethod
-    def _copy(stream: torch.cuda.Stream, to: torch.Tensor, source: torch.Tensor) -> Arrival:
+    def _copy(
+        self,
+        stream: torch.cuda.Stream,
+        to: torch.Tensor,
+        source: torch.Tensor,
+        lane: str,
+        about: About | None,
+    ) -> Arrival:
+        recorder = self.recorder if about is not None else None
+        start = None if recorder is None else recorder.now(stream)
         # Both sides are contiguous bytes, so this is one cudaMemcpyAsync and no temporary.
         with torch.cuda.stream(stream):
             to.copy_(source, non_blocking=True)
-        return _CudaArrival(stream)
+        if recorder is None or about is None:
+            return _CudaArrival(stream)
+        arrival = _CudaArrival(stream, (lane, about))
+        recorder.copied(lane, about, start, arrival.event)
+        return arrival
 
     def mark(self) -> Arrival:
         return _CudaArrival(self._compute())
 
     def wait(self, arrival: Arrival) -> None:
-        if isinstance(arrival, _CudaArrival):
+        if not isinstance(arrival, _CudaArrival):
+            return
+        recorder = self.recorder
+        if recorder is None or arrival.copy is None or arrival.is_complete():
             self._compute().wait_event(arrival.event)
+            return
+        start = recorder.now()
+        self._compute().wait_event(arrival.event)
+        recorder.paused(*arrival.copy, start, recorder.now())
 
     def join(self) -> None:
         compute = self._compute()

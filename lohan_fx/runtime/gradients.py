@@ -105,6 +105,11 @@ class GradBuffers:
         self._owned.append(memory)
         return GradBuffer(memory)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers together."""
+        return sum(memory.nbytes for memory in self._owned)
+
     def take(self, bucket: int) -> GradBuffer | None:
         """The bucket's own buffer, or the next of the ring; None where all are in use."""
         if self._own:

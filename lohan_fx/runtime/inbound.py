@@ -113,6 +113,10 @@ class Inbound:
         """What the present queue was started for."""
         return self._queue.token
 
+    def held_bytes(self, op: str) -> int:
+        """Device memory of the items that this op has asked for."""
+        return sum(item.source.nbytes for item in self._held.values() if item.key[0] == op)
+
     def start(self, token: int, items: Sequence[tuple[Key, Source]]) -> None:
         """Forget the present queue and begin to read ahead for `items`, which are in program order."""
         self.cancel()
@@ -184,7 +188,8 @@ class Inbound:
         self._queue = _Queue(0, [], {})
         for item in [item for item in self._occupants if item.arrival is None]:
             if item.state is IncomingState.READING and engine is not None:
-                with self._waits.counted("ssd_read"), contextlib.suppress(TransferError):
+                wait = self._waits.counted("ssd_read", item.key)
+                with wait, contextlib.suppress(TransferError):
                     engine.wait(item.ticket, self._waits.deadline_s)
                 if not engine.done(item.ticket):
                     raise TransferError(f"reading {item.source.name} does not end; close the model")
@@ -238,7 +243,7 @@ class Inbound:
             source = self._arena.view(item.span, item.source.nbytes)
         assert item.device is not None and item.mark is not None
         after = (item.mark, *item.source.after())
-        item.arrival = self._device.copy_in(item.device.bytes, source, after)
+        item.arrival = self._device.copy_in(item.device.bytes, source, after, item.key)
         item.state = IncomingState.ARRIVING
         return True
 
@@ -257,7 +262,7 @@ class Inbound:
         engine = self._pools.engine
         assert engine is not None
         if item.state is IncomingState.READING:
-            with self._waits.counted("ssd_read"):
+            with self._waits.counted("ssd_read", item.key):
                 engine.wait(item.ticket, self._waits.deadline_s)
             return
         head = self._queue.reads[self._queue.next_read]
@@ -268,12 +273,11 @@ class Inbound:
             return  # an update has finished since `item` was last tried
         oldest = self._occupants[0]
         if oldest.state is IncomingState.READING:
-            with self._waits.counted("ssd_read"):
+            with self._waits.counted("ssd_read", oldest.key):
                 engine.wait(oldest.ticket, self._waits.deadline_s)
             return
         assert oldest.arrival is not None, (
             f"{oldest.source.name} holds staging and was not asked for"
         )
-        self._waits.until(
-            "staging", f"the copy of {oldest.source.name}", oldest.arrival.is_complete
-        )
+        name = f"the copy of {oldest.source.name}"
+        self._waits.until("staging", name, oldest.arrival.is_complete, oldest.key)

@@ -174,6 +174,9 @@ class JobQueue:
         magnitudes: torch.Tensor | None = None,
     ) -> Job:
         ticket = self._pipeline.submit(work)
+        recorder = self._pools.device.recorder
+        if recorder is not None:
+            recorder.submitted(home.bucket.name, "adam" if updated else "sum")
         on_ssd = home.weight_tier is Tier.SSD
         job = Job(
             home.bucket.index, ticket, on_ssd, updated, events, mark, buffer, measured, magnitudes

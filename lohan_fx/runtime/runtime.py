@@ -9,6 +9,10 @@ Runtime     which pass is under way, which order of calls is legal
     jobs       what the CPU does: updates, sums of several backwards
   buckets      weights and optimizer state at rest
   memory       accounted memory of the three tiers; staging
+    holdings     what they hold, by class
+  watcher      what somebody sees who looks: ranges of torch's profiler
+    recorder     notes of what happens
+    timelines    the steps that were noted, as a plan has them
   device       streams, copies, events
 """
 
@@ -26,18 +30,23 @@ import torch
 from lohan_fx import native, ops
 from lohan_fx.errors import LohanError, PlanMismatch, TrainingLoopError
 from lohan_fx.piecewise import Value
+from lohan_fx.plan.timeline import Timeline
 from lohan_fx.planner import Overlap
-from lohan_fx.program import Bucket, BucketPlacement, Program, Tier
+from lohan_fx.program import Bucket, BucketPlacement, Names, Program, Tier
 
 from .activations import Slots
 from .buckets import BucketHome, BucketStore, InDram, OnSsd, param_views
 from .device import Arrival, Device, open_device
 from .gradients import GradPlan
+from .holdings import Holdings
 from .inbound import Inbound, Incoming, Key, Source
 from .memory import Arena, Pools, require_fit
 from .options import HyperSource, Progress, RuntimeOptions, RuntimeStats
+from .recorder import Recorder
+from .timelines import timelines
 from .updates import Updates
 from .waits import Waits
+from .watcher import PassWatcher
 
 _CREATE_OPTIMIZER = (
     "this model has no optimizer yet; create lohan_fx.AdamW(model.parameters(), ...) before the first "
@@ -235,6 +244,7 @@ class Runtime:
         self._parts = _Parts(self._device, engine, self._pools)
         self._finalizer = weakref.finalize(self, self._parts.close)
         self._programs: dict[int, Program] = {}
+        self._names: dict[int, Names] = {}
         self._checked: set[int] = set()  # programs whose staging needs fit
         self._grad_plans: dict[int, GradPlan] = {}
         self._hyper_ref: weakref.ref[HyperSource] | None = None
@@ -247,7 +257,9 @@ class Runtime:
         self.no_sync = (
             False  # forwards from now on leave their gradients to a later backward's step
         )
+        self._watcher = PassWatcher()
         self.number = ops.register(self)
+        ops.offer_watcher(self.number, self._watcher)
 
     # Life
 
@@ -309,6 +321,7 @@ class Runtime:
         self._quiet()
         if self._live is not None or windows.updates.pending:
             raise TrainingLoopError("the plan can change between steps only; call opt.step() first")
+        self._note_native()
         windows.close()
         self._parts.windows = None
         self._set_options(options)
@@ -344,15 +357,17 @@ class Runtime:
             self._pools.free_hosts_but(before)
             raise
         self._parts.windows = windows
+        self._look_at_holdings()
         hyper = self._hyper
         if hyper is not None:
             windows.updates.attach(hyper)
 
-    def add_program(self, program: Program) -> None:
-        """Make a program known under its index."""
+    def add_program(self, program: Program, names: Names | None = None) -> None:
+        """Make a program known under its index; `names` are for those who watch it run."""
         if program.index in self._programs:
             raise LohanError(f"there is a program {program.index} already")
         self._programs[program.index] = program
+        self._names[program.index] = names or Names()
 
     def attach(self, optimizer: HyperSource) -> None:
         """Take hyperparameters from `optimizer` for as long as it lives; the caller keeps it.
@@ -377,6 +392,8 @@ class Runtime:
     def close(self) -> None:
         """Give everything back. May be repeated, in any state."""
         self._end_watch()
+        self._note_native()
+        ops.watched.pop(self.number, None)
         self._pass = None
         self._live = None
         self._finalizer()
@@ -402,6 +419,8 @@ class Runtime:
             return
         self._recover()
         self._check_torn()
+        if self._watcher.recorder is not None:
+            self._watcher.recorder.stepped()
         self._updates.pump()
         self._updates.step()
 
@@ -428,6 +447,8 @@ class Runtime:
 
     def skip_step(self) -> None:
         """Drop the gradients that wait for step(), and count a step that changed nothing."""
+        if self._watcher.recorder is not None:
+            self._watcher.recorder.stepped()
         self._updates.skip()
 
     @property
@@ -486,6 +507,7 @@ class Runtime:
         from there raises TrainingLoopError.
         """
         current, self._pass = self._pass, None
+        self._watcher.abort()
         windows = self._parts.windows
         if current is None or windows is None:
             return
@@ -656,6 +678,53 @@ class Runtime:
             events += self._pools.engine.take_trace()
         return events
 
+    # Recording
+
+    def record(self, recorder: Recorder | None) -> None:
+        """Let `recorder` note what happens from here on; None: nobody."""
+        self._check_open()
+        self.take_trace()  # what ended before
+        self._device.recorder = self._waits.recorder = self._watcher.recorder = recorder
+        self._look_at_holdings()
+        if recorder is None:
+            ops.watched.pop(self.number, None)
+        else:
+            ops.watched[self.number] = self._watcher
+
+    def recorded(self, recorder: Recorder) -> list[Timeline]:
+        """The steps that `recorder` has noted, the last one up to here; it notes no more.
+
+        Completes what is under way. Raises TransferError where that fails.
+        """
+        recorder.close()
+        if not self.closed:
+            try:
+                self.drain()
+                self._note_native()
+            finally:
+                self.record(None)
+        return timelines(recorder, self._names)
+
+    def _note_native(self) -> None:
+        if self._watcher.recorder is not None and not self.closed:
+            self._watcher.recorder.native += self.take_trace()
+
+    def _look_at_holdings(self) -> None:
+        windows, watcher = self._parts.windows, self._watcher
+        watcher.holdings = None
+        if windows is not None and watcher.recorder is not None:
+            parts = (windows.inbound, windows.slots, windows.updates)
+            watcher.holdings = Holdings(self._pools, self._parts.store, *parts)
+
+    def _begins(self, program: Program) -> None:
+        """A forward begins: tell whoever watches."""
+        watcher = self._watcher
+        watcher.begin(self._names[program.index], "forward")
+        if watcher.recorder is not None and watcher.holdings is not None:
+            self._note_native()
+            resting = watcher.holdings.resting()
+            watcher.recorder.begin(program.index, program.training, resting)
+
     # ops.Moves
 
     def begin(self, program: int) -> torch.Tensor:
@@ -668,6 +737,7 @@ class Runtime:
             raise TrainingLoopError(_MISSING_STEP.format(overlap=self._overlap))
         if entry.training:
             self._begin_training(entry)
+        self._begins(entry)
         self._pump()
         token = next(self._tokens)
         self._pass = _Pass(PassKind.FORWARD if entry.training else PassKind.EVALUATION, entry)
@@ -716,6 +786,9 @@ class Runtime:
         if program.index not in self._grad_plans:
             self._grad_plans[program.index] = GradPlan.of(program, self._parts.store)
         self._pass = _Pass(PassKind.BACKWARD, program)
+        self._watcher.begin(self._names[program.index], "backward")
+        if self._watcher.recorder is not None:
+            self._watcher.recorder.begin_backward()
         windows.updates.begin_backward(self._grad_plans[program.index], accumulate=live.accumulates)
         if windows.inbound.token != token:
             windows.inbound.start(token, list(self._incoming(program, "backward")))

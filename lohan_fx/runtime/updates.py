@@ -118,7 +118,7 @@ class Updates:
         """
         record = self._records.get(bucket)
         if record is not None and record.job is not None:
-            with self._waits.counted("adam"):
+            with self._waits.counted("adam", ("adam", bucket)):
                 self._wait_weights(record.job)
             self._progress_of(record.job)
 
@@ -139,7 +139,7 @@ class Updates:
         for index, record in self._records.items():
             if record.upload is not None:
                 name = f"the upload of {record.bucket.name}"
-                self._waits.until("h2d", name, record.upload.is_complete)
+                self._waits.until("h2d", name, record.upload.is_complete, ("upload", index))
                 self.settle_on_device(index)
 
     def pump(self) -> None:
@@ -426,6 +426,11 @@ class Updates:
     def stats(self) -> dict[str, float]:
         return self._jobs.stats()
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Host memory that gradients pass through."""
+        return self._buffers.nbytes
+
     def take_trace(self) -> list[tuple[str, str, float, float]]:
         """(bucket, lane, start, end) of finished work, seconds of CLOCK_MONOTONIC."""
         return self._jobs.take_trace()
@@ -450,7 +455,7 @@ class Updates:
                     f"no gradient buffer for {record.bucket.name}: all {self._buffers.num_ring} are "
                     "being filled; raise grad_buffers"
                 )
-            with self._waits.counted("gradient buffer"):
+            with self._waits.counted("gradient buffer", ("adam", oldest.bucket)):
                 self._wait_weights(oldest)
             self._progress_of(oldest)
             buffer = self._buffers.take(record.bucket.index)
@@ -467,7 +472,8 @@ class Updates:
         start, size = spec.offset * home.dtype.itemsize, spec.numel * home.dtype.itemsize
         after = () if buffer.busy is None else (buffer.busy,)
         to = buffer.memory.bytes[start : start + size]
-        return self._device.copy_out(to, flat_N.view(torch.uint8), after)
+        about = ("gradient", home.bucket.index)
+        return self._device.copy_out(to, flat_N.view(torch.uint8), after, about)
 
     # Norms
 
@@ -616,7 +622,12 @@ class Updates:
                     each.step,
                 )
             )
+        recorder = self._device.recorder
+        if recorder is not None:
+            recorder.enter("adam", record.bucket.index)
         update_on_device(updates, self._scale)
+        if recorder is not None:
+            recorder.leave()
         self._drop_grads(record)
 
     def _submit(self, record: Record, updated: Sequence[Updated]) -> None:
@@ -657,7 +668,8 @@ class Updates:
         name = f"the gradients of {record.bucket.name}"
         for event in (*events, buffer.busy):
             if event is not None:
-                self._waits.until("d2h", name, event.is_complete)
+                about = ("gradient", record.bucket.index)
+                self._waits.until("d2h", name, event.is_complete, about)
         size = record.home.dtype.itemsize
         for spec in kept:
             start = spec.offset * size
@@ -692,7 +704,7 @@ class Updates:
             record.advance(UpdateState.IDLE)
 
     def _finish(self, job: Job, why: str) -> None:
-        with self._waits.counted(why):
+        with self._waits.counted(why, ("adam", job.bucket)):
             self._wait_done(job)
         self._progress_of(job)
 
@@ -729,7 +741,10 @@ class Updates:
         for start, stop in runs(home.bucket, job.updated):
             cut = slice(start * home.dtype.itemsize, stop * home.dtype.itemsize)
             record.upload = self._device.copy_in(
-                home.weight.memory.bytes[cut], buffer.memory.bytes[cut], (job.mark,)
+                home.weight.memory.bytes[cut],
+                buffer.memory.bytes[cut],
+                (job.mark,),
+                ("upload", home.bucket.index),
             )
         buffer.busy = record.upload
         record.advance(UpdateState.UPLOADING)
