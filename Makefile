@@ -23,7 +23,7 @@ $(STAMP): $(VENV)/bin/python $(SOURCES)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -c "import torch; print(f'torch=={torch.__version__}')" >> $(VENV)/constraints.txt
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[hf,dev]"
+	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[hf,dev,bench]"
 	touch $(STAMP)
 
 demo: $(STAMP)  ## set up, then train a real model whose budget forces all three tiers

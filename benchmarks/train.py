@@ -35,7 +35,7 @@ import psutil
 import torch
 
 from lohan_fx import Budget, InfeasiblePlan
-from lohan_fx.hardware.here import default_file
+from lohan_fx.hardware import default_file
 
 OURS = "lohan_fx"
 

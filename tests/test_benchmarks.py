@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -20,13 +21,21 @@ TINY = ["--size", "tiny", "--seq", "16", "--steps", "1", "--lowering", "aten", "
 BUDGET = "gpu=60MB, dram=200MB"
 
 
-@pytest.fixture(scope="module")
-def train() -> Iterator[ModuleType]:
+@pytest.fixture(scope="module", autouse=True)
+def _folder() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        import train as module
+        yield
 
-        yield module
+
+@pytest.fixture(scope="module")
+def train(_folder: None) -> ModuleType:
+    return importlib.import_module("train")
+
+
+@pytest.fixture(scope="module")
+def compare(_folder: None) -> ModuleType:
+    return importlib.import_module("compare")
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +200,163 @@ def test_zero_infinity_has_buffers_for_what_may_be_live(peers: ModuleType) -> No
     assert optimizer["buffer_count"] > 3 * 4
     cpu = peers.deepspeed_config(numels, 16, None)["zero_optimization"]
     assert cpu["offload_param"] == cpu["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+
+
+# A stand-in for train.py whose engines are ways to end: a line for each setting, then the engine's end.
+STUB = """
+import itertools, json, os, sys, time
+words = sys.argv[1:]
+def after(flag):
+    rest = words[words.index(flag) + 1 :]
+    return list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+(engine,), (size,), (budget,) = after("--engine"), after("--size"), after("--budget")
+with open("processes", "a") as file:
+    file.write(engine + "\\n")
+for batch, clip in itertools.product(after("--batch"), after("--clip")):
+    rate = {"lohan_fx": 300.0, "slow": 50.0}.get(engine, 100.0) * int(batch)
+    line = dict(engine=engine, size=size, seq=int(after("--seq")[0]), budget=budget, batch=int(batch))
+    line |= dict(clip=float(clip) or None, gpu_budget_gb=24.0, tokens_per_s=rate, step_s=1024 / rate)
+    line |= dict(phases_s=dict(forward=0.1, backward=0.2, optimizer=0.3), model_tflops=1.0)
+    line |= dict(peak_gb=dict(gpu=20.0), gpu_reserved_gb=22.0, host_rss_gb=9.0, first_step_s=7.0)
+    line |= dict(build_s=3.0, gpu_idle_share=0.25, params=10**9)
+    if engine == "crowded" and batch == "32":
+        line = {k: line[k] for k in ("engine", "size", "seq", "budget", "batch", "clip", "gpu_budget_gb")}
+        line |= dict(status="out of memory", error="CUDA out of memory")
+    if engine == "hangs" and batch == "32":
+        time.sleep(60)
+    if engine == "crashes":
+        sys.exit("no such device")
+    print("step 0: loss 1", json.dumps(line), sep="\\n", flush=True)
+    if "error" in line:
+        sys.exit(1)
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "stub.py"
+    path.write_text(STUB)
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def points_of(compare: ModuleType, *engines: str, clips: tuple[float, ...] = (0.0,)) -> list[Any]:
+    return [
+        compare.Point(engine, "3b", 1024, "gpu=24GB, dram=100GB", batch, clip)
+        for engine in engines
+        for batch in (8, 32)
+        for clip in clips
+    ]
+
+
+def test_points_are_run_once_and_peers_share_a_process(compare: ModuleType, stub: Path) -> None:
+    out = stub.with_name("points.jsonl")
+    points = points_of(compare, "lohan_fx", "fsdp2", clips=(0.0, 1.0))
+    compare.compare(points[:2], out, train=stub)
+    assert Path("processes").read_text().split() == ["lohan_fx"] * 2
+    with out.open("a") as file:
+        file.write('{"engine": "fsdp2", "si')  # cut off
+        file.write("\n")
+    compare.compare(points, out, train=stub)
+    assert Path("processes").read_text().split() == ["lohan_fx"] * 4 + ["fsdp2"]
+    assert list(compare.read(out)) == points
+
+
+def test_failures_are_recorded_and_leave_the_others_alone(compare: ModuleType, stub: Path) -> None:
+    out = stub.with_name("points.jsonl")
+    points = points_of(compare, "hangs", "crowded", "crashes", clips=(0.0, 1.0))
+    compare.compare(points[:3], out, limit_s=2.0, train=stub)  # 6 s
+    compare.compare(points[4:], out, limit_s=20.0, train=stub)
+    found = {(p.engine, p.batch, p.clip): line for p, line in compare.read(out).items()}
+    status = {key: line.get("status") for key, line in found.items()}
+    assert status == {
+        ("hangs", 8, 0.0): None,
+        ("hangs", 8, 1.0): None,
+        ("hangs", 32, 0.0): "timed out",
+        ("crowded", 8, 0.0): None,
+        ("crowded", 8, 1.0): None,
+        ("crowded", 32, 0.0): "out of memory",
+        ("crowded", 32, 1.0): "out of memory",
+        ("crashes", 8, 0.0): "failed",
+        ("crashes", 8, 1.0): "failed",
+        ("crashes", 32, 0.0): "failed",
+        ("crashes", 32, 1.0): "failed",
+    }
+    assert "no such device" in found["crashes", 8, 0.0]["error"]
+    runs = len(Path("processes").read_text().split())
+    compare.compare(points[-1:], out, train=stub)
+    assert len(Path("processes").read_text().split()) == runs
+    compare.compare(points[-1:], out, again=True, train=stub)
+    assert len(Path("processes").read_text().split()) == runs + 1
+
+
+def test_nothing_is_said_of_points_that_there_was_no_time_for(
+    compare: ModuleType, stub: Path
+) -> None:
+    out = stub.with_name("points.jsonl")
+    (point,) = points_of(compare, "hangs")[1:]
+    compare.compare([point], out, deadline_s=compare.LEAST_S - 1, train=stub)
+    assert not Path("processes").exists()
+
+
+def test_the_table_compares_with_the_best_peer(compare: ModuleType, stub: Path) -> None:
+    out = stub.with_name("points.jsonl")
+    points = points_of(compare, "slow", "crowded", "compile", "lohan_fx")
+    compare.compare(points, out, train=stub)
+    rows = compare.table(compare.read(out).values()).splitlines()
+    cells = {tuple(row.split(" | ")[:3]): row for row in rows[2:]}
+    where = "| 3b {}, gpu=24GB, dram=100GB", "0"
+    ours8 = cells[where[0].format(8), where[1], "lohan_fx"]
+    assert ours8.endswith("| 20.0 / 22.0 | 9.0 | 25.0% | - | 10 | 3.00x |")
+    ours32 = cells[where[0].format(32), where[1], "lohan_fx"]
+    assert ours32.endswith("| 6.00x |")  # of the slow one, as the other ran out of memory
+    assert cells[where[0].format(32), where[1], "crowded"].endswith("| crowded | out of memory |")
+    assert len(rows) == 2 + len(points)
+
+
+def test_both_plots_have_every_system(
+    compare: ModuleType, stub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot = importlib.import_module("plot")
+    out = stub.with_name("points.jsonl")
+    compare.compare(points_of(compare, "lohan_fx", "fsdp2"), out, train=stub)
+    more = [
+        dict(line, budget="gpu=12GB", gpu_budget_gb=12.0) for line in compare.read(out).values()
+    ]
+    more[-1] |= {"status": "out of memory", "error": "CUDA out of memory"}
+    with out.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in more)
+    lines = list(compare.read(out).values())
+    left, right = plot.figure(lines, "3b", gpu_gb=24.0, batch=32).axes
+    drawn = [
+        {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        for axes in (left, right)
+    ]
+    assert drawn[0] == {
+        "lohan_fx": [[8, 2400], [32, 9600]],
+        "FSDP2 CPU offload": [[8, 800], [32, 3200]],
+    }
+    assert drawn[1]["lohan_fx"] == [[12, 9600], [24, 9600]]
+    assert drawn[1]["FSDP2 CPU offload"] == [[24, 3200]]
+    assert [12, 0] in [xy for data in drawn[1].values() for xy in data]
+    plot.main([str(out)])
+    assert "</svg>" in out.with_suffix(".svg").read_text()
+    plot.main([str(out), "--out", str(out.with_suffix(".png"))])
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        plot.main([str(out), "--size", "7b"])
+    assert "no point has size 7b" in capsys.readouterr().err
+
+
+def test_the_command_runs_real_points(
+    compare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "points.jsonl"
+    words = [str(out), "--engines", "compile-bf16", "ds_offload", "--size", "tiny", "--seq", "16"]
+    words += ["--batch", "1", "--budget", BUDGET, "--steps", "1", "--lowering", "aten"]
+    compare.main([*words, "--device", "cpu", "--limit", "120"])
+    ran, absent = compare.read(out).values()
+    assert ran["engine"] == "compile-bf16" and ran["tokens_per_s"] > 0
+    assert absent["status"] == "not installed"
+    assert "| compile-bf16 |" in capsys.readouterr().out
