@@ -23,6 +23,7 @@ from lohan_fx.program import Names
 from lohan_fx.runtime.recorder import Begin, Held, Pause, Recorder, Work
 from lohan_fx.runtime.timelines import timelines
 from lohan_fx.tracing import busy_s, summary
+from lohan_fx.view import MeasuredTrace
 
 BUDGETS = {"gpu": ROOMY, "dram": "gpu=160kB, dram=1GB", "ssd": TIGHT}
 WARM, TRACED = 2, 3
@@ -144,6 +145,9 @@ def test_the_file_is_read_back_as_it_was(traced: Traced) -> None:
     raw = json.loads(traced.path.read_text())
     assert raw["schema"] == 1 and raw["fingerprint"] == traced.plan.fingerprint
     assert raw["steps"][0] == traced.trace.steps[0].to_dict()
+    shown = MeasuredTrace.from_json(traced.path.read_text())
+    shown.check_matches(traced.plan)
+    assert shown.steps == traced.trace.steps
 
 
 def test_a_summary_counts_lanes_and_the_bound(traced: Traced) -> None:

@@ -17,7 +17,7 @@ from viewed import HOSTILE, plan_of, small, stretched, trace_json, trace_of, unf
 from lohan_fx.cli.view import main
 from lohan_fx.errors import LohanError, PlanMismatch
 from lohan_fx.plan import Plan
-from lohan_fx.view import MeasuredTrace, render
+from lohan_fx.view import MeasuredTrace, render, trace_bytes
 from lohan_fx.view.data import labels
 from lohan_fx.view.differences import differences
 from lohan_fx.view.measured import disagreements
@@ -231,11 +231,23 @@ def test_a_trace_of_another_plan_can_be_shown(folder: Path, tmp_path: Path) -> N
     assert main([*given, "--measured", str(folder / "other-trace.json"), "--any-plan"]) == 0
 
 
+def test_the_command_writes_a_perfetto_trace(folder: Path, plan: Plan, tmp_path: Path) -> None:
+    plain, both = tmp_path / "plan.pftrace", tmp_path / "both.pftrace"
+    given = [str(folder / "plan.json"), "--perfetto"]
+    assert main([*given, str(plain)]) == 0
+    assert plain.read_bytes() == trace_bytes(plan)
+    assert main([*given, str(both), "--measured", str(folder / "trace.json")]) == 0
+    assert both.read_bytes().startswith(plain.read_bytes()) and b"measured: " in both.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], "plan.json"),
-        (["plan.json"], "--html"),
+        (["plan.json"], "--html FILE or --perfetto FILE"),
+        (["plan.json", "plan.json", "--perfetto", "x.html"], "for one plan"),
+        (["plan.json", "--perfetto", "no/where/x.html"], "cannot be written"),
+        (["plan.json", "--measured", "other-trace.json", "--perfetto", "x.html"], "another graph"),
         (["missing.json", "--html", "x.html"], "missing.json cannot be read (No such file"),
         ([".", "--html", "x.html"], "cannot be read (Is a directory)"),
         (["old.json", "--html", "x.html"], "old.json: this plan has schema 1"),

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m lohan_fx.view",
-        description="Show plans in one HTML page that needs no network.",
+        description="Show plans in one HTML page that needs no network, or write one as a Perfetto trace.",
     )
     parser.add_argument("plans", nargs="+", type=Path, metavar="plan.json")
     parser.add_argument(
@@ -45,18 +45,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--any-plan", action="store_true", help="show a trace of another graph than the plan's too"
     )
-    parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="write the page")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the page")
+    parser.add_argument(
+        "--perfetto",
+        type=Path,
+        metavar="FILE",
+        help="write a trace of the plan, and of all steps of --measured, for ui.perfetto.dev",
+    )
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.html is None and args.perfetto is None:
+        raise LohanError("name what to write: --html FILE or --perfetto FILE")
+    if args.perfetto is not None and len(args.plans) > 1:
+        raise LohanError("--perfetto is for one plan; give each one a file of its own")
     plans = [(path.stem, _read(path, Plan.from_json)) for path in args.plans]
     measured = None
     if args.measured is not None:
         measured = _read(args.measured, view.MeasuredTrace.from_json)
-    text = view.render(plans, measured, any_plan=args.any_plan)
-    view.write(args.html, text)
-    print(f"{args.html}: {len(text.encode()) / 1e6:.1f} MB")
+    if args.html is not None:
+        text = view.render(plans, measured, any_plan=args.any_plan)
+        view.write(args.html, text)
+        print(f"{args.html}: {len(text.encode()) / 1e6:.1f} MB")
+    if args.perfetto is not None:
+        _write_trace(args.perfetto, plans[0][1], measured, any_plan=args.any_plan)
+
+
+def _write_trace(
+    path: Path, plan: Plan, measured: view.MeasuredTrace | None, *, any_plan: bool
+) -> None:
+    if measured is not None and not any_plan:
+        measured.check_matches(plan)
+    steps, device = ((), "") if measured is None else (measured.steps, measured.device)
+    data = view.trace_bytes(plan, steps, device)
+    try:
+        path.write_bytes(data)
+    except OSError as exc:
+        raise LohanError(f"{path} cannot be written ({exc.strerror})") from exc
+    print(f"{path}: {len(data) / 1e6:.1f} MB")
 
 
 def _read(path: Path, parse: Callable[[str], _T]) -> _T:

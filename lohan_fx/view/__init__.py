@@ -1,4 +1,5 @@
-"""Plans as one self-contained HTML page: memory over time, lanes, tensors, stages, differences.
+"""Plans as one self-contained HTML page: memory over time, lanes, tensors, stages, differences; or as a
+trace for Perfetto.
 
 `python -m lohan_fx.view plan.json --html out.html`. The page holds its data, style and scripts, asks
 the network for nothing and is the same bytes for the same plans.
@@ -8,5 +9,6 @@ from __future__ import annotations
 
 from .measured import MeasuredTrace
 from .page import render, write
+from .perfetto import trace_bytes
 
-__all__ = ["MeasuredTrace", "render", "write"]
+__all__ = ["MeasuredTrace", "render", "trace_bytes", "write"]
