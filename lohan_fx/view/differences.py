@@ -32,7 +32,7 @@ def _rows() -> list[tuple[str, str, Any]]:
 
     def of(key: str, name: str) -> Any:
         return lambda plan: (
-            None if plan.predicted is None else getattr(plan.predicted, key).get(name)
+            None if plan.predicted is None else getattr(plan.predicted, key).get(name, 0)
         )
 
     return [

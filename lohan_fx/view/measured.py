@@ -71,7 +71,8 @@ def disagreements(predicted: Timeline, measured: Timeline) -> dict[str, Any]:
     """
     here, there = busy_seconds(predicted), busy_seconds(measured)
     lanes = [[lane, here[lane], there[lane]] for lane in LANES if here[lane] or there[lane]]
-    waits = _paired(_waits(predicted), _waits(measured))
+    # A trace that does not say what the GPU waits for is not one without waiting.
+    waits = _paired(_waits(predicted), _waits(measured)) if measured.stalls else []
     work = _paired(_work(predicted), _work(measured))
     items = _paired(_items(predicted), _items(measured))
     return {

@@ -29,7 +29,7 @@ const agreement = {
   item(kind, index, name) {
     const row = this.plan.itemRow.get(`${kind}:${index}`);
     if (row === undefined) return name;
-    return make("button", { type: "button", class: "link", onclick: () => selection.select(this.plan, row, "agreement") }, name);
+    return make("button", { type: "button", class: "jump", onclick: () => selection.select(this.plan, row, "agreement") }, name);
   },
 
   rows(title, heads, rows, cells) {

@@ -52,7 +52,7 @@ const comparison = {
     if (ours) words.push(`${countText(ours)} in A only`);
     if (theirs) words.push(`${countText(theirs)} in ${plan.letter} only`);
     const rows = other.moved.map(([name, from, to, count, bytes]) => make("tr", {},
-      make("td", {}, make("button", { type: "button", class: "link", "aria-label": `show ${name} ${from} to ${to}`, onclick: () => this.list(plan, name, from, to) }, name)),
+      make("td", {}, make("button", { type: "button", class: "jump", "aria-label": `show ${name} ${from} to ${to}`, onclick: () => this.list(plan, name, from, to) }, name)),
       make("td", { class: "text" }, placeWord(from)), make("td", { class: "text" }, placeWord(to)), make("td", {}, countText(count)), make("td", {}, bytesText(bytes))));
     const table = !rows.length ? null : make("table", { class: "plain" },
       make("thead", {}, make("tr", {}, ["class", "in A", `in ${plan.letter}`, "tensors", "bytes"].map((head, k) => make("th", { scope: "col", class: k && k < 3 ? "text" : "" }, head)))),

@@ -12,7 +12,9 @@ const detail = {
     document.body.classList.toggle("chosen", selection.any);
     if (!selection.any) return;
     const { plan, item } = selection;
-    const [kind, , name] = plan.items[item];
+    const [kind] = plan.items[item];
+    const name = shortName(plan.items[item]);
+    tip.hide();
     const jump = (text, id) => make("button", { type: "button", onclick: () => document.getElementById(id).scrollIntoView() }, text);
     this.node.replaceChildren(
       make("div", { class: "head" },
@@ -37,7 +39,7 @@ const detail = {
       return make("li", {}, `${name} `, placeWord(place), ` ${bytesText(bytes)}`);
     });
     const note = plan.item_notes[item];
-    return make("div", {},
+    return make("div", { class: "holds" },
       make("div", { class: "faint" }, kind === "stage" ? `${countOf(tensors.length, "tensor")} of this layer` : countOf(tensors.length, "tensor")),
       make("ul", {}, rows), note ? make("div", {}, `why: ${note}`) : null);
   },
@@ -53,14 +55,12 @@ const detail = {
         lanes.focus = [number, k];
         lanes.redraw();
       };
-      return make("tr", {},
-        make("td", {}, make("button", { type: "button", class: "link", onclick: show }, what)),
-        make("td", { class: "text" }, model.sources.length > 1 ? row.source.label : ""),
-        make("td", {}, secondsText(row.end[k] - row.start[k])),
-        make("td", {}, `at ${secondsText(row.start[k])}`));
+      return make("li", {},
+        make("button", { type: "button", class: "jump", onclick: show }, model.sources.length > 1 ? `${what}, ${row.source.label}` : what),
+        ` ${secondsText(row.end[k] - row.start[k])} `, make("span", { class: "faint" }, `at ${secondsText(row.start[k])}`));
     });
     if (!rows.length) return make("div", { class: "faint" }, "It stays where it is: nothing moves it during the step.");
     const more = found.length - rows.length;
-    return make("div", {}, make("table", { class: "plain" }, make("tbody", {}, rows)), more > 0 ? make("div", { class: "faint" }, `and ${countText(more)} more`) : null);
+    return make("div", { class: "does" }, make("ul", { class: "flow" }, rows), more > 0 ? make("div", { class: "faint" }, `and ${countText(more)} more`) : null);
   },
 };

@@ -34,6 +34,12 @@ function measuredFigures(plan) {
   return [figure("measured step", secondsText(seconds), plan.predicted ? changeText(plan.predicted.step_s, seconds) : "")];
 }
 
+function provedWords({ optimality }) {
+  if (!optimality) return "";
+  if (optimality.gap < 0.0005) return "; proved to be the best placement, by the cost model";
+  return `; proved to be within ${percentText(optimality.gap)} of the best placement, by the cost model`;
+}
+
 function planCard(plan) {
   const { predicted } = plan;
   const many = model.plans.length > 1;
@@ -63,7 +69,7 @@ function planCard(plan) {
         rates,
         figure("limited by", laneName(predicted.bottleneck), `busiest lane ${percentText(predicted.bound_s / (predicted.step_s || 1))} of the step`)),
       make("p", { class: "faint small" }, parts,
-        plan.optimality ? `; proved to be within ${percentText(plan.optimality.gap)} of the best placement, by the cost model` : ""),
+        provedWords(plan)),
       make("div", { class: "meters" }, TIERS.map((tier) => meter(plan, tier))),
     );
   }

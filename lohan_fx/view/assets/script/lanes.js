@@ -114,10 +114,10 @@ const lanes = {
   },
 
   axis(pen, width) {
-    const wanted = range.width / Math.max(2, width / 110);
+    const wanted = range.width / Math.max(2, width / 84);
     const power = 10 ** Math.floor(Math.log10(wanted));
-    const step = [1, 2, 5, 10].map((f) => f * power).find((s) => s >= wanted);
-    const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+    const step = [1, 2, 2.5, 5, 10].map((f) => f * power).find((s) => s >= wanted * 0.999);
+    const digits = Math.max(0, Math.ceil(-Math.log10(power) - 1e-9) + (step === 2.5 * power ? 1 : 0));
     pen.strokeStyle = palette.colour("line");
     pen.fillStyle = palette.colour("faint");
     pen.lineWidth = 1;
@@ -171,19 +171,26 @@ const lanes = {
   // What a wide span is, inside it.
   name(pen, row, k, from, top, wide, height) {
     const left = Math.max(from, 0);
-    const name = row.source.plan.items[row.item[k]][2];
-    const text = row.cause[k] >= 0 ? `waits for ${laneName(LANES[row.cause[k]])}` : `${row.what[k]} ${name}`;
-    const room = from + wide - left - 8;
-    const shown = this.fitted(pen, text, room);
+    const room = Math.min(from + wide, this.canvas.clientWidth) - left - 8;
+    const waits = row.cause[k] >= 0;
+    const texts = waits ? [`waits for ${laneName(LANES[row.cause[k]])}`, laneName(LANES[row.cause[k]])] : this.names(row, k);
+    const shown = texts.find((text) => text.length * 4 < room && pen.measureText(text).width <= room);
     if (!shown) return;
-    pen.fillStyle = palette.colour(row.cause[k] >= 0 ? "text" : "ink");
+    if (STYLES[row.style[k]].pattern !== "plain") {
+      pen.fillStyle = palette.colour(row.style[k]);
+      pen.fillRect(left + 2, top + height / 2 - 7, pen.measureText(shown).width + 4, 14);
+    }
+    pen.fillStyle = palette.colour(waits ? "text" : "ink");
     pen.fillText(shown, left + 4, top + height / 2 + 0.5);
   },
 
-  fitted(pen, text, room) {
-    if (pen.measureText(text).width <= room) return text;
-    const letters = Math.floor(room / 6);
-    return letters < 5 ? "" : `${text.slice(0, letters - 1)}\u2026`;
+  // What a span does to what, from long to short; the end of a name says most.
+  names(row, k) {
+    const name = shortName(row.source.plan.items[row.item[k]]);
+    const parts = name.split(".");
+    const what = row.what[k];
+    const tails = [0, 1, 2, 3].filter((cut) => cut < parts.length).map((cut) => parts.slice(cut).join("."));
+    return [...tails.map((tail) => `${what} ${tail}`), ...tails.slice(1), what];
   },
 
   frame(pen, [number, k], colour) {

@@ -16,7 +16,7 @@ const memory = {
       for (const tier of TIERS) Object.keys(source.timeline.memory[tier].bytes).forEach((name) => used.add(name));
     }
     const box = make("div", { class: "memory" });
-    this.node = section("memory", "Memory", "bytes in use over the step, stacked by class, under each tier's budget",
+    this.node = section("memory", "Memory", "bytes in use over the simulated step, stacked by class, under each tier's budget; what a plan reserves, above, has windows and buffers at their fullest",
       palette.legend(MEMORY_ORDER.filter((name) => used.has(name))), box,
       make("p", { class: "faint small" }, "Drag zooms in, wheel zooms, double click shows the whole step; with a chart focused ",
         make("kbd", {}, "\u2190"), " ", make("kbd", {}, "\u2192"), " move the marker and ", make("kbd", {}, "0"), " shows the whole step."));

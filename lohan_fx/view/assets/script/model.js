@@ -160,7 +160,8 @@ class LaneRow {
   // Lines about an entry: what, where, how much, how long, why.
   lines(k) {
     const plan = this.source.plan;
-    const [kind, , name] = plan.items[this.item[k]];
+    const [kind] = plan.items[this.item[k]];
+    const name = shortName(plan.items[this.item[k]]);
     const seconds = this.end[k] - this.start[k];
     const when = `${secondsText(this.start[k])} to ${secondsText(this.end[k])}`;
     const who = model.sources.length > 1 ? `${this.source.label}: ` : "";

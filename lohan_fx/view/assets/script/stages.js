@@ -7,34 +7,41 @@ const STAGE_BANDS = [
   { group: "states", top: 168, height: 46, title: "backward", words: "where states rest" },
 ];
 
+// The stages of all plans, one graph under the other.
 const stages = {
-  nodes: [],
-
   build() {
-    this.box = make("div", { class: "stages" });
-    this.choice = planChoice("stages-plan", (plan) => this.show(plan));
-    selection.listen(() => this.mark());
-    this.show(model.plans[0]);
+    const box = make("div", {});
+    const graphs = model.plans.map((plan) => new StageGraph(plan, box));
+    selection.listen(() => graphs.forEach((graph) => graph.mark()));
     let width = 0;
     new ResizeObserver(onceAFrame(() => {
-      if (Math.abs(this.box.clientWidth - width) > 1) this.show(this.plan);
-      width = this.box.clientWidth;
-    })).observe(this.box);
+      if (Math.abs(box.clientWidth - width) > 1) graphs.forEach((graph) => graph.show());
+      width = box.clientWidth;
+    })).observe(box);
     return section("stages", "Stages", "each a slice of forward and the slice of backward that undoes it; colours are shares of bytes",
-      make("div", { class: "tools" }, this.choice),
       make("div", { class: "legend" }, PLACES.map((place) => placeWord(place)),
         make("span", {}, "arcs: values and weights that later stages read too")),
-      this.box);
+      box);
   },
+};
 
-  show(plan) {
+class StageGraph {
+  constructor(plan, box) {
     this.plan = plan;
-    const graph = plan.stages;
+    this.nodes = [];
+    this.box = make("div", { class: "stages" });
+    if (model.plans.length > 1) box.append(make("h3", {}, make("span", { class: "tag" }, plan.letter), " ", plan.label));
+    box.append(this.box);
+    this.show();
+  }
+
+  show() {
+    const graph = this.plan.stages;
     const count = graph.names.length;
     const room = Math.max((this.box.clientWidth || 1200) - 152, 200);
-    const step = Math.max(11, Math.min(96, room / Math.max(count, 1)));
+    const step = Math.max(11, Math.min(130, room / Math.max(count, 1)));
     const width = 140 + step * count + 12;
-    const svg = draw("svg", { width, height: 250, role: "group", "aria-label": `${count} stages` }, this.patterns());
+    const svg = draw("svg", { width, height: 250, role: "group", "aria-label": `${count} stages of ${this.plan.label}` }, this.patterns());
     for (const band of STAGE_BANDS) {
       const middle = band.top + band.height / 2;
       svg.append(draw("text", { x: 10, y: middle - 3, "font-weight": 600 }, band.title),
@@ -46,25 +53,25 @@ const stages = {
     this.nodes[0]?.setAttribute("tabindex", "0");
     this.box.replaceChildren(svg);
     this.mark();
-  },
+  }
 
   patterns() {
-    const tile = (id, place, path) => draw("pattern", { id, width: 6, height: 6, patternUnits: "userSpaceOnUse" },
+    const tile = (id, place, path) => draw("pattern", { id: `${id}-${this.plan.number}`, width: 6, height: 6, patternUnits: "userSpaceOnUse" },
       draw("rect", { width: 6, height: 6, fill: `var(--${place})` }), draw("path", { d: path, stroke: "var(--stroke)", fill: "none" }));
     return draw("defs", {},
       tile("ssd-fill", "ssd", "M-1 5L5 -1M1 7L7 1"),
       tile("recompute-fill", "recomputed", "M-1 1L5 7M1 -1L7 5M0 3h6"),
-      draw("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" },
+      draw("marker", { id: `arrow-${this.plan.number}`, viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto" },
         draw("path", { d: "M0 0L8 4L0 8z", fill: "var(--faint)" })));
-  },
+  }
 
   // The way of a step: forward to the right, backward to the left.
   edges(step, count) {
     const left = 140;
     const right = 140 + step * count;
     const path = `M${left} 34H${right + 4}V220H${left}`;
-    return draw("path", { class: "edge", d: path, "marker-end": "url(#arrow)" });
-  },
+    return draw("path", { class: "edge", d: path, "marker-end": `url(#arrow-${this.plan.number})` });
+  }
 
   links(graph, step) {
     const at = (index) => 140 + step * (index + 0.5);
@@ -76,7 +83,7 @@ const stages = {
       return draw("path", { class: `link ${kind}`, d: `M${at(from)} 34C${at(from)} ${34 - rise * 1.3} ${at(to)} ${34 - rise * 1.3} ${at(to)} 34` },
         draw("title", {}, words));
     });
-  },
+  }
 
   stage(graph, name, index, step) {
     const x = 140 + step * index;
@@ -90,7 +97,7 @@ const stages = {
       held.forEach((bytes, place) => {
         if (!bytes) return;
         const height = (bytes / total) * band.height;
-        const fill = { ssd: "url(#ssd-fill)", recompute: "url(#recompute-fill)" }[PLACES[place]] ?? `var(--${PLACES[place]})`;
+        const fill = ["ssd", "recompute"].includes(PLACES[place]) ? `url(#${PLACES[place]}-fill-${this.plan.number})` : `var(--${PLACES[place]})`;
         node.append(draw("rect", { x, y, width: wide, height, fill }));
         y += height;
       });
@@ -111,7 +118,7 @@ const stages = {
     });
     node.addEventListener("blur", () => tip.hide());
     return node;
-  },
+  }
 
   lines(graph, index) {
     const [forward, recompute, backward] = graph.seconds[index];
@@ -125,12 +132,12 @@ const stages = {
       `activations: ${part("activations")}`,
       `optimizer states: ${part("states")}`,
     ];
-  },
+  }
 
   choose(index) {
     const item = this.plan.itemRow.get(`stage:${index}`);
     if (item !== undefined) selection.select(this.plan, item, "stages");
-  },
+  }
 
   key(event, index) {
     const to = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: this.nodes.length - 1 }[event.key];
@@ -141,7 +148,7 @@ const stages = {
       this.nodes[to].focus();
     } else return;
     event.preventDefault();
-  },
+  }
 
   mark() {
     const row = selection.rowIn(this.plan);
@@ -151,8 +158,8 @@ const stages = {
       const on = kind === "stage" ? index === at : layers.has(this.plan.stages.names[at]);
       node.classList.toggle("on", on);
     });
-  },
-};
+  }
+}
 
 // A place as a word with its mark.
 function placeWord(place) {

@@ -12,7 +12,7 @@ const COLUMNS = [
   { id: "dtype", title: "dtype", width: "80px" },
   { id: "bytes", title: "bytes", width: "86px", number: true },
   { id: "placement", title: "placement", width: "108px" },
-  { id: "recompute_s", title: "recompute", width: "92px", number: true },
+  { id: "recompute_s", title: "recompute", width: "104px", number: true },
   { id: "reason", title: "reason", width: "minmax(220px, 2fr)" },
 ];
 

@@ -16,6 +16,12 @@ function laneName(lane) {
   return LANE_NAMES[lane] ?? lane;
 }
 
+// A bucket is named after its stage and its first parameter, which usually names the stage too.
+function shortName([kind, , name]) {
+  const colon = kind === "bucket" ? name.indexOf(":") : -1;
+  return colon > 0 && name.slice(colon + 1).startsWith(name.slice(0, colon)) ? name.slice(colon + 1) : name;
+}
+
 function bytesText(bytes) {
   const size = Math.abs(bytes);
   for (const [scale, unit] of [[1e15, "PB"], [1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
