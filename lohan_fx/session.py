@@ -1,12 +1,13 @@
 """The session behind one compiled model: parameters, plan, programs and runtime, and their order.
 
 A session goes one way: parameters are taken over at once; the first captured step brings the plan and
-the runtime; values move into their tiers when that step first runs. Further input shapes add
+the runtime; values move into their tiers while that step is lowered. Further input shapes add
 programs, under the same placements if those can work.
 
 [Note: a program has its placements] Windows are sized, and weights waited for, by one plan. Where the
-next program to run has another plan, values and windows move first. Nothing moves before a capture
-is complete: it happens under Dynamo's fake tensors, and may fail.
+next program to run has another plan, values and windows move first. A capture happens under Dynamo's
+fake tensors and may fail, so nothing moves before it is complete; but the first placing of all, in a
+thread of its own, begins with lowering and is undone where that fails (placing.py).
 
 [Note: shapes in turns] Batches of two shapes may alternate for a whole run, so that their programs
 should have the same placements and staging. A new shape is planned under the placements that there
@@ -56,6 +57,7 @@ from .optim import Adam, loss_scalers
 from .params import ManagedParams
 from .piecewise import Value, in_memory
 from .pins import Pins, best_of, forced_placements
+from .placing import Placing
 from .plan import Plan, PlanMove, build_plan
 from .planner import (
     BucketPlace,
@@ -72,7 +74,6 @@ from .planner import (
     validate,
 )
 from .program import Bucket, BucketPlacement, Names, ParamSpec, Tier
-from .progress import progress_of_bytes
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
 from .runtime.buckets import stored_pieces
 from .runtime.recorder import Recorder
@@ -156,6 +157,7 @@ class Session:
         self.seconds: dict[str, float] = {}  # spent before steps could run, by what on
         self._optimizer: weakref.ref[Adam] | None = None
         self._pending_state: dict[int, Mapping[str, Any]] = {}
+        self._placing: tuple[Placing, Captured] | None = None  # the first one, under way
         self._placed: Captured | None = None  # whose placements are in force
         self._staged: RuntimeOptions | None = None  # in force
         self._came_again: set[str] = set()  # fingerprints of problems that were planned anew
@@ -498,6 +500,8 @@ class Session:
         )
         if self.settings.plan_only:
             raise PlanReady("planned")
+        if not self._adopted and self._placing is None:
+            self._begin_placing(captured)
 
     def keep(self, index: int, part: str, skeleton: Skeleton) -> None:
         self.captured[index].skeletons[part] = skeleton
@@ -531,28 +535,8 @@ class Session:
             runtime.add_program(captured.woven.program, self._names_of(captured))
             self._known.add(index)
         if not self._adopted:
-            nbytes = sum(bucket.weight_bytes + bucket.state_bytes for bucket in self.buckets)
-            pending = self._pending_state
-            with self.timed("place"), progress_of_bytes("Placing", nbytes) as progress:
-                runtime.place(captured.placements, captured.options)
-                runtime.adopt(
-                    self.buckets,
-                    dict(enumerate(self.params.stubs)),
-                    self.params.values,
-                    captured.placements,
-                    {
-                        pid: (state["exp_avg"], state["exp_avg_sq"])
-                        for pid, state in pending.items()
-                    },
-                    progress,
-                )
-            self._adopted, self._placed, self._staged = True, captured, captured.options
-            for pid, state in pending.items():
-                if "master" in state:
-                    runtime.set_master(pid, state["master"])
-                runtime.set_steps(pid, int(state["step"]))
-            pending.clear()
-        elif not self._is_placed(captured) or self._must_restage(captured):
+            self._end_placing()
+        if not self._is_placed(captured) or self._must_restage(captured):
             with self.timed("place again"):
                 placed, self._placed, self._staged = self._placed, None, None
                 runtime.place(captured.placements, captured.options)
@@ -575,6 +559,53 @@ class Session:
             slot_names=tuple(slot.name for slot in slots),
             params=tuple(self.names),
         )
+
+    def _begin_placing(self, captured: Captured) -> None:
+        """Let another thread put every value where `captured` wants it."""
+        runtime = self.runtime
+        assert runtime is not None
+        runtime.place(captured.placements, captured.options)
+        moments = {
+            pid: (state["exp_avg"], state["exp_avg_sq"])
+            for pid, state in self._pending_state.items()
+        }
+        # The thread must not keep the session.
+        work = partial(
+            runtime.adopt,
+            self.buckets,
+            dict(enumerate(self.params.stubs)),
+            self.params.values,
+            captured.placements,
+            moments,
+        )
+        nbytes = sum(bucket.weight_bytes + bucket.state_bytes for bucket in self.buckets)
+        self._placing = Placing(work, nbytes, self.device), captured
+
+    def _end_placing(self) -> None:
+        """Wait until every value is in its tier. Raises what placing raised."""
+        runtime = self.runtime
+        assert runtime is not None and self._placing is not None
+        placing, captured = self._placing
+        with self.timed("await placing"):
+            placing.wait()
+        self.seconds["place, beside lowering"] = placing.seconds
+        self._adopted, self._placed, self._staged = True, captured, captured.options
+        self._placing = None
+        pending = self._pending_state
+        for pid, state in pending.items():
+            if "master" in state:
+                runtime.set_master(pid, state["master"])
+            runtime.set_steps(pid, int(state["step"]))
+        pending.clear()
+
+    def _undo_placing(self) -> None:
+        """Have the values back where they were, if they are on their way."""
+        if self._placing is None:
+            return
+        complete = not self._placing[0].cancel()
+        if complete and self.runtime is not None:
+            self.runtime.give_back(self.params.values)
+        self._placing = None
 
     def _is_placed(self, program: Captured) -> bool:
         return self._placed is not None and program.placements == self._placed.placements
@@ -671,6 +702,10 @@ class Session:
                 raise
             # What Dynamo wraps around it, and its frames, say nothing more.
             raise shown.with_traceback(None) from None
+        except BaseException:  # an interrupt
+            if self._placing is not None:
+                self._undo_call()
+            raise
 
     def _forget_training_unless_planned(self) -> None:
         """Plan anew where what there is was not planned for accumulation, or to wait for step()."""
@@ -703,6 +738,9 @@ class Session:
         if not self._closed:
             self._closed = True
             self._reset_code()
+            if self._placing is not None:
+                self._placing[0].cancel()
+                self._placing = None
             if self.runtime is not None:
                 self.runtime.close()
             self.params.disown()
@@ -715,6 +753,7 @@ class Session:
         that holds no values yet."""
         if self.runtime is None:
             return
+        self._undo_placing()
         self.runtime.abort()
         while self.captured and not self.captured[-1].complete:
             self.captured.pop()
@@ -735,6 +774,8 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise LohanError("this model was closed; build and compile it again")
+        if self._placing is not None:  # a second interrupt cut the undoing of the first short
+            self._undo_call()
 
     @property
     def optimizer(self) -> Adam | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +94,17 @@ def assert_same(ours: nn.Module, theirs: nn.Module, *, exact: bool = False) -> N
 
 def assert_losses(ours: Sequence[float], theirs: Sequence[float]) -> None:
     assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def open_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def leaves_nothing(folder: Path) -> Iterator[None]:
+    """Neither files in `folder` nor open files more than before."""
+    before = open_files()
+    yield
+    assert list(folder.iterdir()) == []
+    assert open_files() == before

@@ -8,12 +8,12 @@ import re
 import subprocess
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from loops import leaves_nothing
 from torch import nn
 from training import CASES, loss_of
 
@@ -45,20 +45,6 @@ def train_one(model: Any, optimizer: Any, batch: Any) -> float:
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
-
-
-def open_files() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
-
-
-@contextmanager
-def leaves_nothing(folder: Path) -> Iterator[None]:
-    """Neither files in `folder` nor open files more than before."""
-    before = open_files()
-    yield
-    assert list(folder.iterdir()) == []
-    assert open_files() == before
 
 
 def assert_values(model: nn.Module, reference: nn.Module) -> None:

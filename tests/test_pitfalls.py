@@ -468,8 +468,12 @@ def test_no_python_thread_is_started(tmp_path: Path) -> None:
     assert {type(thread).__name__ for thread in started} <= {"TMonitor"}
     model.close()
     package = Path(lohan_fx.__file__).parent
-    # Saving, loading and probing use threads, for as long as they last.
-    files = [f for f in package.rglob("*.py") if not {"checkpoint", "probe"} & set(f.parts)]
+    # Saving, loading, probing and the first placing use threads, for as long as they last.
+    files = [
+        f
+        for f in package.rglob("*.py")
+        if not {"checkpoint", "probe"} & set(f.parts) and f.name != "placing.py"
+    ]
     assert len(files) > 50
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

@@ -129,7 +129,7 @@ class Backend:
         context = torch._guards.TracingContext.try_get()
         assert context is not None and context.fake_mode is not None
         step = _Step(host, self._compiler, param_index, context.fake_mode)
-        # Both passes are compiled before the first step fills the memory.
+        # The first step is the last to be waited for: both passes are compiled before it.
         with (
             paused_collector(),
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),

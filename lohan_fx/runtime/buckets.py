@@ -394,34 +394,55 @@ class BucketHome:
             return
         for index, section in enumerate(("exp_avg", "exp_avg_sq")):
             given = {s.pid: moments[s.pid][index] for s in specs if s.pid in moments}
+            place = self.place(section)
             if given:
                 self._fill((section,), given)
-            else:
-                place = self.place(section)
+            elif not isinstance(place.home, InDram):  # whose pages are zero from the start
                 place.home.zero(place.offset, self.bucket.numel * 4)
 
     def _fill(self, sections: Sequence[str], values: Mapping[int, Value]) -> None:
-        """Set whole sections, zero where there is no value; as for store()."""
+        """Set whole sections, zero where there is no value; as for store().
+
+        What rests in DRAM is converted right into place.
+        """
         numel, dtype = self.bucket.numel, self.section_dtype(sections[0])
         pieces = [
             (spec, stored_pieces(spec, values[spec.pid], dtype))
             for spec in self.bucket.params
             if spec.pid in values
         ]
-        image_P = scratch(min(numel, PIECE_NUMEL), dtype)
-        for start in range(0, numel, PIECE_NUMEL):
-            stop = min(start + PIECE_NUMEL, numel)
-            part_P = image_P[: stop - start]
-            part_P.zero_()
+        inside_P = self._in_dram(sections[0])
+        size = min(numel, PIECE_NUMEL)
+        if all(self._in_dram(section) is not None for section in sections) and all(
+            isinstance(value, torch.Tensor) and value.device.type == "cpu"
+            for value in values.values()
+        ):
+            size = numel  # there is nothing to hold a piece in
+        image_P = scratch(size, dtype) if inside_P is None else inside_P
+        for start in range(0, numel, max(size, 1)):
+            stop = min(start + size, numel)
+            part_P = image_P[: stop - start].zero_() if inside_P is None else inside_P[start:stop]
             for spec, piece in pieces:
                 first, last = max(spec.offset, start), min(spec.offset + spec.numel, stop)
                 if first < last:
                     found_N = piece(first - spec.offset, last - spec.offset)
                     part_P[first - start : last - start].copy_(found_N)
-            for section in sections:
+            for index, section in enumerate(sections):
                 place, dtype = self.place(section), self.section_dtype(section)
-                data = _cast(part_P, dtype).view(torch.uint8)
-                place.home.write(place.offset + start * dtype.itemsize, data)
+                target_P = self._in_dram(section)
+                if target_P is None:
+                    data = _cast(part_P, dtype).view(torch.uint8)
+                    place.home.write(place.offset + start * dtype.itemsize, data)
+                elif index:
+                    target_P[start:stop].copy_(part_P)
+
+    def _in_dram(self, section: str) -> torch.Tensor | None:
+        """A section as a typed tensor of shape (P,) where it is in DRAM."""
+        place, dtype = self.place(section), self.section_dtype(section)
+        if not isinstance(place.home, InDram):
+            return None
+        nbytes = self.bucket.numel * dtype.itemsize
+        return place.home.memory.bytes[place.offset : place.offset + nbytes].view(dtype)
 
     def zero_moments(self) -> None:
         for section in ("exp_avg", "exp_avg_sq"):

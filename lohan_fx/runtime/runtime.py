@@ -302,6 +302,15 @@ class Runtime:
                 self._parts.store.give_back(values)
                 raise
 
+    def give_back(self, values: MutableMapping[int, Value]) -> None:
+        """Undo adopt(), before any step: every value is back in `values`, masters as fp32."""
+        self._check_open()
+        if self._parts.windows is not None:
+            self._parts.windows.close()
+            self._parts.windows = None
+        with torch.inference_mode(False), torch.no_grad():
+            self._parts.store.give_back(values)
+
     def place(self, placements: Sequence[BucketPlacement], options: RuntimeOptions) -> None:
         """Migrate to other tiers and windows, one bucket at a time, when all that runs has finished.
 
