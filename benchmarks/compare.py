@@ -6,8 +6,7 @@
 
 Every engine, budget, batch and clipping is a point, and a line of benchmarks/train.py in the file.
 Points that the file has are left out, so that a comparison goes on where it was cut off. A point of
-lohan_fx has a process of its own; a peer's points share one, as its start takes longest (`--separate`:
-none do). A process that takes longer than its points may is killed, and the point it was at has
+lohan_fx has a process of its own; a peer's points share one, as its start takes longest (`--shared`). A process that takes longer than its points may is killed, and the point it was at has
 `status` "timed out". torch's allocator is held to the GPU budget in all of them. Words that are not
 known here go to train.py: `--steps 3 --lanes`.
 """
@@ -90,11 +89,14 @@ def read(path: Path) -> dict[Point, dict[str, Any]]:
     return found
 
 
-def jobs(points: Iterable[Point], separate: bool) -> list[list[Point]]:
-    """Points by process, in order. All of one process differ in batch and clipping alone."""
+def jobs(points: Iterable[Point], shared: str = "peers") -> list[list[Point]]:
+    """Points by process, in order. All of one process differ in batch and clipping alone.
+
+    `shared`: whose points share one: "peers", "all" or "none".
+    """
     made: dict[Any, list[Point]] = {}
     for index, point in enumerate(points):
-        alone = separate or point.engine == OURS
+        alone = shared == "none" or (shared == "peers" and point.engine == OURS)
         key = index if alone else (point.engine, point.size, point.seq, point.budget)
         made.setdefault(key, []).append(point)
     return list(made.values())
@@ -188,7 +190,7 @@ def compare(
     *,
     limit_s: float = 300.0,
     deadline_s: float = float("inf"),
-    separate: bool = False,
+    shared: str = "peers",
     again: bool = False,
     train: Path = TRAIN,
 ) -> None:
@@ -205,7 +207,7 @@ def compare(
         waiting = [p for p in points if p not in done or (again and "error" in done[p])]
         if not waiting or end - time.monotonic() < LEAST_S:
             return
-        (job, *_) = jobs(waiting, separate)
+        (job, *_) = jobs(waiting, shared)
         names = ", ".join(f"batch {p.batch} clip {p.clip:g}" for p in job)
         print(f"{job[0].engine} {job[0].size} {job[0].budget}: {names}", flush=True)
         limit = min(limit_s * len(job), end - time.monotonic())
@@ -282,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--clip", type=float, nargs="+", default=[0.0])
     add("--limit", type=float, default=300.0, help="seconds for a point")
     add("--deadline", type=float, default=float("inf"), help="seconds for all of them")
-    add("--separate", action="store_true", help="a process for every point")
+    add("--shared", choices=("peers", "all", "none"), default="peers", help="who shares a process")
     add("--again", action="store_true", help="also points that have failed")
     add("--table", type=Path, help="write all of the file here, as Markdown")
     add("--no-hold", action="store_true", help="leave torch's allocator unlimited")
@@ -300,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra,
         limit_s=args.limit,
         deadline_s=args.deadline,
-        separate=args.separate,
+        shared=args.shared,
         again=args.again,
     )
     text = table(read(args.out).values())

@@ -16,6 +16,8 @@ from models import VOCABULARY
 
 # Steps before those that count: the first sets everything up, the second may still.
 WARM_STEPS = 2
+# The first of them may still be warming up.
+TRACED_STEPS = 3
 
 
 class Engine(Protocol):
@@ -59,6 +61,8 @@ class Shape:
 
 def measure(engine: Engine, shape: Shape, device: torch.device) -> dict[str, Any]:
     """Medians over `shape.steps` steps after two others, and with `lanes` one more under a profiler.
+
+    An engine with a `trace` of its own also traces some; they follow those that are timed.
 
     Keys: seconds end in _s, 1e9 bytes in _gb. `model_tflops` counts 6 FLOPs a parameter and token,
     whatever is recomputed. GPU peaks are those of torch's allocator over the timed steps.
@@ -129,6 +133,9 @@ def measure(engine: Engine, shape: Shape, device: torch.device) -> dict[str, Any
             lane: _gb((total - moved[lane]) / shape.steps)
             for lane, total in engine.moved_bytes().items()
         }
+    trace = getattr(engine, "trace", None)
+    if shape.lanes and trace is not None:
+        result["trace"] = trace(lambda: [one_step() for _ in range(TRACED_STEPS)])
     if shape.lanes and cuda:
         one_step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -137,7 +144,6 @@ def measure(engine: Engine, shape: Shape, device: torch.device) -> dict[str, Any
         result["gpu_idle_share"] = round(
             max(0.0, 1 - result["lanes"]["busy_s"].get("kernels", 0) / step_s), 4
         )
-        del result["losses"][len(seconds) :]
     facts = engine.facts()
     peaks = result["peak_gb"]
     result |= facts

@@ -16,6 +16,7 @@ what it hands out), or to the given share of the device.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import os
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import torch
 
 from lohan_fx import Budget, InfeasiblePlan
 from lohan_fx.hardware import default_file
+from lohan_fx.tracing import summary
 
 OURS = "lohan_fx"
 
@@ -60,6 +62,7 @@ class LohanFx:
             lowering=args.lowering,
             hardware=args.hardware,
             plan=args.plan,
+            **({"pin": dict(word.rsplit("=", 1) for word in args.pin)} if args.pin else {}),
         )
         self.optimizer: Any = lohan_fx.AdamW(
             self.model.parameters(), lr=peers.LEARNING_RATE, max_grad_norm=clip
@@ -81,6 +84,13 @@ class LohanFx:
 
     def moved_bytes(self) -> dict[str, int]:
         return dict(self.model._lohan.stats().moved_bytes)
+
+    def trace(self, steps: Callable[[], None]) -> dict[str, Any]:
+        """What the runtime's own record says of `steps`; see lohan_fx.tracing.summary."""
+        with self.model.trace(self.args.trace) as trace:
+            steps()
+        found = summary(trace, self.model.plan)
+        return json.loads(json.dumps(found), parse_float=lambda text: round(float(text), 4))
 
     def facts(self) -> dict[str, Any]:
         stats, plan = self.model._lohan.stats(), self.model.plan
@@ -120,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--lowering", choices=("inductor", "aten"), default="inductor")
     add("--memory-fraction", nargs="?", const="budget", metavar="SHARE", help="see above")
-    add("--lanes", action="store_true", help="profile a last step: lanes, idle share of the GPU")
+    add("--lanes", action="store_true", help="profile last steps: lanes, idle share of the GPU")
     add("--warm-start", action="store_true", help="then start again in a new process, caches warm")
     add("--fresh-caches", action="store_true", help="begin with no cache of compiled code")
     ours = found.add_argument_group(OURS).add_argument
@@ -128,7 +138,9 @@ def parser() -> argparse.ArgumentParser:
     ours("--policy", default="optimal")
     ours("--hardware", help="a preset or a file of rates to plan with")
     ours("--plan", help="replay this plan")
+    ours("--pin", nargs="+", default=[], metavar="PATTERN=PLACE", help='as "state:*=ssd"')
     ours("--dump", help="write the plan here")
+    ours("--trace", help="write the trace of --lanes here (python -m lohan_fx.view reads it)")
     ours("--report", action="store_true")
     others = found.add_argument_group("peers").add_argument
     others("--checkpoint-layers", type=int, help="in memory; else by an estimate of what fits")
@@ -171,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 if engine is None or args.engine == OURS:
                     engine = _closed(engine, cuda)
+                    if cuda:
+                        # Of the setting before: what is not given back counts against this one.
+                        line["gpu_left_gb"] = torch.cuda.memory_allocated(device) / 1e9
                     start = time.perf_counter()
                     engine = _engine(args, device, clip or None)
                     line["build_s"] = round(time.perf_counter() - start, 2)
@@ -207,6 +222,7 @@ def _closed(engine: Any, cuda: bool) -> None:
     engine.close()
     engine.__dict__.clear()
     torch._dynamo.reset()
+    gc.collect()
     if cuda:
         torch.cuda.empty_cache()
 

@@ -52,7 +52,8 @@ def ours(train: ModuleType) -> list[dict[str, Any]]:
     """Lines of lohan_fx, without and with clipping."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        assert train.main([*TINY, "--batch", "2", "--budget", BUDGET, "--clip", "0", "1"]) == 0
+        words = [*TINY, "--batch", "2", "--budget", BUDGET, "--lanes", "--pin", "state:*=dram"]
+        assert train.main([*words, "--clip", "0", "1"]) == 0
     return lines_of(said.getvalue())
 
 
@@ -68,6 +69,7 @@ def test_a_line_says_where_the_time_and_the_bytes_went(ours: list[dict[str, Any]
         assert sum(line["setup_s"].values()) <= line["first_step_s"] + 0.1
         assert 0 < line["peak_gb"]["gpu"] <= 0.06 and 0 < line["peak_gb"]["dram"] <= 0.2
         assert line["moved_gb_per_step"]["d2h"] > 0
+        assert 0 <= line["trace"]["gpu_idle_share"] < 1 and line["trace"]["busy_s"]["cpu_adam"] > 0
         assert line["bound_ratio"] == pytest.approx(
             line["step_s"] / line["predicted"]["bound_s"], rel=0.05
         )
@@ -86,7 +88,7 @@ def test_peers_train_the_same_model_to_the_same_losses(
     assert line["losses"] == pytest.approx(ours[0]["losses"], abs=2e-3)
     assert line["params"] == ours[0]["params"]
     assert ours[0].keys() - line.keys() == {
-        *("setup_s", "predicted", "bound_ratio", "stall_s", "moved_gb_per_step")
+        *("setup_s", "predicted", "bound_ratio", "stall_s", "moved_gb_per_step", "trace")
     }
 
 
@@ -260,6 +262,8 @@ def test_points_are_run_once_and_peers_share_a_process(compare: ModuleType, stub
     compare.compare(points, out, train=stub)
     assert Path("processes").read_text().split() == ["lohan_fx"] * 4 + ["fsdp2"]
     assert list(compare.read(out)) == points
+    assert [len(job) for job in compare.jobs(points, "all")] == [4, 4]
+    assert [len(job) for job in compare.jobs(points, "none")] == [1] * 8
 
 
 def test_failures_are_recorded_and_leave_the_others_alone(compare: ModuleType, stub: Path) -> None:
