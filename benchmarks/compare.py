@@ -6,9 +6,10 @@
 
 Every engine, budget, batch and clipping is a point, and a line of benchmarks/train.py in the file.
 Points that the file has are left out, so that a comparison goes on where it was cut off. A point of
-lohan_fx has a process of its own; a peer's points share one, as its start takes longest (`--shared`). A process that takes longer than its points may is killed, and the point it was at has
-`status` "timed out". torch's allocator is held to the GPU budget in all of them. Words that are not
-known here go to train.py: `--steps 3 --lanes`.
+lohan_fx has a process of its own; a peer's points share one, as its start takes longest (`--shared`). A
+process that takes longer than its points may is killed, and the point it was at has `status` "timed out".
+torch's allocator is held to the GPU budget in all of them. Words that are not known here go to train.py:
+`--steps 3 --lanes`.
 """
 
 from __future__ import annotations
