@@ -23,7 +23,7 @@ from .pins import Pins, check_pins
 from .plan import Plan
 from .planner import DEFAULT_POLICY, Capacities, Overlap, check_policy
 from .recording import recorded
-from .report import report_text
+from .report import Report, Run, report_of
 from .session import Captured, PlanReady, Policy, Session, Settings
 from .step import TracedStep
 from .tracing import Trace
@@ -53,13 +53,16 @@ class CompiledModel(torch.nn.Module):
         """
         return self._latest("plan").plan
 
-    def report(self) -> str:
-        """Tiers, predicted times and bytes, and what the runtime has measured so far, as text."""
-        return report_text(
-            self.plan,
-            self._lohan.stats(),
-            self._lohan.seconds,
-            self._lohan.settings.hardware.source,
+    def report(self) -> Report:
+        """Tiers, lanes, peaks and places as planned and, beside that, as measured so far.
+
+        The text is plain; printed on a terminal, it is drawn. Busy lanes are measured by `trace`: the
+        latest one is what is shown.
+        """
+        session = self._lohan
+        rates = session.settings.hardware.source
+        return report_of(
+            self.plan, Run(session.stats(), session.last_trace, session.seconds, rates)
         )
 
     def trace(self, path: str | os.PathLike[str] | None = None) -> AbstractContextManager[Trace]:

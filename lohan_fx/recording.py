@@ -43,6 +43,7 @@ def recorded(session: Session, path: str | os.PathLike[str] | None) -> Iterator[
             ]
             if trained:
                 trace.fingerprint = session.captured[trained[-1]].plan.fingerprint
+            session.last_trace = trace
         if path is not None:
             trace.save(path)
     finally:

@@ -78,6 +78,7 @@ from .runtime import Runtime, RuntimeOptions, RuntimeStats
 from .runtime.buckets import stored_pieces
 from .runtime.recorder import Recorder
 from .step import TracedStep
+from .tracing import Trace
 from .units import format_bytes
 
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
@@ -171,6 +172,7 @@ class Session:
         self._closed = False
         self.saving: Any = None  # the checkpoint written last in the background
         self.recorder: Recorder | None = None  # notes what steps do
+        self.last_trace: Trace | None = None
         self.params = ManagedParams(model, self, device=settings.device, dtype=dtype)
         self._requires_grad = [stub.requires_grad for stub in self.params.stubs]
         # Parameters that the step updates, and those that it would but whose gradient is None.

@@ -18,11 +18,11 @@ from lohan_fx import api, view
 from lohan_fx.budget import Budget
 from lohan_fx.cli.models import PRESETS, resolve_model
 from lohan_fx.cli.plan import main
-from lohan_fx.cli.tables import plain_text, summary
 from lohan_fx.errors import LohanError
 from lohan_fx.hardware import Hardware
 from lohan_fx.plan import Plan, TensorRow, build_plan, validate_json
 from lohan_fx.planner import solve
+from lohan_fx.report import plain_text, tables_of
 from lohan_fx.step import TracedStep
 
 FACTORY = """
@@ -259,7 +259,7 @@ def test_a_plan_without_tokens_shows_no_rates() -> None:
     plan = build_plan(
         asked, solve(asked), model="m", hardware="h", budget="", policy="greedy", tensors=()
     )
-    assert "tokens/s" not in plain_text(summary(plan))
+    assert "tokens/s" not in plain_text(tables_of(plan))
 
 
 # ---- models ----

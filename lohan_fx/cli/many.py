@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lohan_fx.cli.tables import Table
 from lohan_fx.errors import InfeasiblePlan, LohanError
 from lohan_fx.hardware import Hardware
 from lohan_fx.pins import Pins
@@ -20,6 +19,7 @@ from lohan_fx.planner import (
     default_overlap,
 )
 from lohan_fx.progress import progress_of_pieces
+from lohan_fx.report import Table
 from lohan_fx.step import TracedStep
 from lohan_fx.units import format_bytes, parse_bytes
 

@@ -25,7 +25,6 @@ from lohan_fx.cli.models import (
     resolve_model,
     with_dtype,
 )
-from lohan_fx.cli.tables import in_words, show, summary
 from lohan_fx.errors import CaptureError, InfeasiblePlan, LohanError
 from lohan_fx.hardware import PRESETS as HARDWARE_PRESETS
 from lohan_fx.hardware import Hardware, detect, nearest
@@ -34,6 +33,7 @@ from lohan_fx.pins import check_pins, parse_pin
 from lohan_fx.plan import Plan, build_unfit_plan
 from lohan_fx.planner import DEFAULT_POLICY, SOLVERS, NothingFits, Overlap, check_policy
 from lohan_fx.repetition import repeated_step
+from lohan_fx.report import in_words, show, tables_of
 from lohan_fx.step import TracedStep
 from lohan_fx.units import parse_bytes
 
@@ -246,7 +246,7 @@ def _one_plan(question: _Question) -> int:
     args = question.args
     if args.dump is None and args.html is None and not args.json:
         step = question.trace(args.batch, args.seq)
-        show(summary(step.plan(args.policy, question.pins), question.notes))
+        show(tables_of(step.plan(args.policy, question.pins), question.notes))
         return FITS
     # What others may read or replay has a schedule, for which the graphs have to be rewritten.
     given = resolve_model(args.model, batch=args.batch, seq=args.seq)
@@ -269,7 +269,7 @@ def _one_plan(question: _Question) -> int:
     if args.json:
         print(plan.to_json(indent=1))
     else:
-        show(summary(plan))
+        show(tables_of(plan))
     if not plan.fits:
         raise InfeasiblePlan(" ".join(plan.reasons))
     return FITS

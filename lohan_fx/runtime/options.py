@@ -108,6 +108,8 @@ class RuntimeStats:
         peak_bytes, current_bytes: by tier: gpu, dram, ssd; only what the runtime owns.
         stall_s: seconds the host waited, by what it waited for.
         updates: counters of the optimizer's pipeline.
+        busy_s: seconds of work by lane: ssd_read, ssd_write, cpu_adam.
+        step_s: seconds of a step, the median of the latest; None before there are two.
         steps, skipped_steps: made, and left out because a gradient was NaN or Inf.
     """
 
@@ -116,5 +118,7 @@ class RuntimeStats:
     current_bytes: dict[str, int] = field(default_factory=dict)
     stall_s: dict[str, float] = field(default_factory=dict)
     updates: dict[str, float] = field(default_factory=dict)
+    busy_s: dict[str, float] = field(default_factory=dict)
+    step_s: float | None = None
     steps: int = 0
     skipped_steps: int = 0

@@ -10,6 +10,7 @@ Runtime     which pass is under way, which order of calls is legal
   buckets      weights and optimizer state at rest
   memory       accounted memory of the three tiers; staging
     holdings     what they hold, by class
+  pace         how long steps take
   watcher      what somebody sees who looks: ranges of torch's profiler
     recorder     notes of what happens
     timelines    the steps that were noted, as a plan has them
@@ -42,6 +43,7 @@ from .holdings import Holdings
 from .inbound import Inbound, Incoming, Key, Source
 from .memory import Arena, Pools, require_fit
 from .options import HyperSource, Progress, RuntimeOptions, RuntimeStats
+from .pace import Pace
 from .recorder import Recorder
 from .timelines import timelines
 from .updates import Updates
@@ -258,6 +260,7 @@ class Runtime:
             False  # forwards from now on leave their gradients to a later backward's step
         )
         self._watcher = PassWatcher()
+        self._pace = Pace()
         self.number = ops.register(self)
         ops.offer_watcher(self.number, self._watcher)
 
@@ -428,8 +431,7 @@ class Runtime:
             return
         self._recover()
         self._check_torn()
-        if self._watcher.recorder is not None:
-            self._watcher.recorder.stepped()
+        self._has_stepped()
         self._updates.pump()
         self._updates.step()
 
@@ -456,8 +458,7 @@ class Runtime:
 
     def skip_step(self) -> None:
         """Drop the gradients that wait for step(), and count a step that changed nothing."""
-        if self._watcher.recorder is not None:
-            self._watcher.recorder.stepped()
+        self._has_stepped()
         self._updates.skip()
 
     @property
@@ -665,6 +666,7 @@ class Runtime:
     def stats(self) -> RuntimeStats:
         engine, pools = self._pools.engine, self._pools
         accounts = (pools.gpu, pools.dram, pools.ssd)
+        updates = {} if self._parts.windows is None else self._updates.stats()
         return RuntimeStats(
             moved_bytes={
                 "h2d": self._device.bytes_in,
@@ -675,7 +677,13 @@ class Runtime:
             peak_bytes={str(account.tier): account.peak_bytes for account in accounts},
             current_bytes={str(account.tier): account.current_bytes for account in accounts},
             stall_s=dict(self._waits.stall_s),
-            updates={} if self._parts.windows is None else self._updates.stats(),
+            updates=updates,
+            busy_s={
+                "ssd_read": engine.read_busy_s if engine is not None else 0.0,
+                "ssd_write": engine.write_busy_s if engine is not None else 0.0,
+                "cpu_adam": updates.get("adam_s", 0.0),
+            },
+            step_s=self._pace.step_s,
             steps=self._progress.step_count,
             skipped_steps=self._progress.skipped_steps,
         )
@@ -725,9 +733,16 @@ class Runtime:
             parts = (windows.inbound, windows.slots, windows.updates)
             watcher.holdings = Holdings(self._pools, self._parts.store, *parts)
 
+    def _has_stepped(self) -> None:
+        self._pace.step()
+        if self._watcher.recorder is not None:
+            self._watcher.recorder.stepped()
+
     def _begins(self, program: Program) -> None:
         """A forward begins: tell whoever watches."""
         watcher = self._watcher
+        if program.training:
+            self._pace.forward()
         watcher.begin(self._names[program.index], "forward")
         if watcher.recorder is not None and watcher.holdings is not None:
             self._note_native()
