@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from problems import activation, bucket, problem
+from hypothesis import HealthCheck, assume, given, settings
+from problems import activation, bucket, problem, problems
 from viewed import HOSTILE, plan_of, small, stretched, trace_json, trace_of, unfit
 
 from lohan_fx.cli.view import main
-from lohan_fx.errors import LohanError, PlanMismatch
+from lohan_fx.errors import InfeasiblePlan, LohanError, PlanMismatch
 from lohan_fx.plan import Plan
+from lohan_fx.planner import Problem
 from lohan_fx.view import MeasuredTrace, render, trace_bytes
 from lohan_fx.view.data import labels
 from lohan_fx.view.differences import differences
@@ -100,6 +102,22 @@ def test_a_plan_that_fits_nothing_has_a_page() -> None:
     shown = embedded(render([("a", unfit())]))["plans"][0]
     assert shown["timeline"] is None and shown["predicted"] is None
     assert shown["reasons"] == ["GPU: 1 GB short"]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(asked=problems())
+def test_any_plan_has_a_page_of_all_its_spans_and_tensors(asked: Problem) -> None:
+    try:
+        plan = plan_of(asked)
+    except InfeasiblePlan:
+        assume(False)
+    shown = embedded(render([("a", plan)]))["plans"][0]
+    assert plan.timeline is not None
+    assert len(shown["timeline"]["spans"]["lane"]) == len(plan.timeline.spans)
+    assert len(shown["timeline"]["stalls"]["lane"]) == len(plan.timeline.stalls)
+    assert max(shown["timeline"]["spans"]["item"], default=0) < max(len(shown["items"]), 1)
+    assert len(shown["tensors"]["columns"]["item"]) == len(plan.tensors)
+    assert len(shown["stages"]["held"]["weights"]) == asked.num_stages
 
 
 def test_plans_are_labelled_by_what_differs(plan: Plan) -> None:
@@ -208,6 +226,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> Path:
     (folder / "list.json").write_text("[1, 2]")
     (folder / "text.json").write_text("hello")
     (folder / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    (folder / "deep.json").write_text("[" * 100_000)
     return folder
 
 
@@ -254,6 +273,7 @@ def test_the_command_writes_a_perfetto_trace(folder: Path, plan: Plan, tmp_path:
         (["list.json", "--html", "x.html"], "list.json: this is not a plan"),
         (["text.json", "--html", "x.html"], "text.json: this plan is not JSON"),
         (["bytes.json", "--html", "x.html"], "not text in UTF-8"),
+        (["deep.json", "--html", "x.html"], "nested too deeply"),
         (["plan.json", "--html", "no/where/x.html"], "cannot be written to"),
         (["plan.json", "--html", "."], "cannot be written to . (Is a directory)"),
         (["plan.json", "--measured", "plan.json", "--html", "x.html"], "plan.json: this trace"),

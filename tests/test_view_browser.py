@@ -212,6 +212,16 @@ def test_a_tensor_is_shown_in_the_timeline_and_its_span_in_the_table(page: Page)
     assert inside
 
 
+def test_a_tensor_that_never_moves_says_so(page: Page) -> None:
+    # What is recomputed is kept nowhere; what rests on the GPU moves nowhere.
+    page.find("#search").send_keys("activation recompute")
+    page.find(".data").click()
+    page.frame()
+    words = page.find(".drawer").text
+    assert "backward makes it again" in words and "activation" in words
+    assert page.stretch.startswith("the whole step")
+
+
 def test_a_span_is_selected_by_a_click(page: Page) -> None:
     page.move("GPU", 0.25).click().perform()
     page.frame()

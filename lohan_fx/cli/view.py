@@ -92,6 +92,8 @@ def _read(path: Path, parse: Callable[[str], _T]) -> _T:
         return parse(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise LohanError(f"{path} cannot be read ({exc.strerror})") from exc
+    except RecursionError as exc:
+        raise LohanError(f"{path} is no plan or trace: it is nested too deeply") from exc
     except UnicodeDecodeError as exc:
         raise LohanError(f"{path} is not text in UTF-8") from exc
     except LohanError as exc:

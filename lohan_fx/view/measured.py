@@ -32,7 +32,7 @@ class MeasuredTrace:
         """The trace that a run wrote. Raises LohanError for anything else."""
         try:
             raw = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as exc:
+        except json.JSONDecodeError as exc:
             raise LohanError(f"this trace is not JSON: {exc}") from exc
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if type(schema) is not int or schema != TRACE_SCHEMA:

@@ -51,7 +51,7 @@ const lanes = {
       make("p", { class: "faint small" }, "Wheel zooms, drag pans, ", make("kbd", {}, "shift"), " drag zooms into a stretch, click selects. Keys: ",
         make("kbd", {}, "\u2190"), " ", make("kbd", {}, "\u2192"), " spans, ", make("kbd", {}, "\u2191"), " ", make("kbd", {}, "\u2193"), " lanes, ",
         make("kbd", {}, "enter"), " selects, ", make("kbd", {}, "+"), " ", make("kbd", {}, "\u2212"), " zoom, ", make("kbd", {}, "shift"), " ",
-        make("kbd", {}, "\u2190"), " ", make("kbd", {}, "\u2192"), " pan, ", make("kbd", {}, "0"), " whole step. ", `${BUSY}.`));
+        make("kbd", {}, "\u2190"), " ", make("kbd", {}, "\u2192"), " pan, ", make("kbd", {}, "0"), " whole step. ", `${BUSY}.`, model.plans.length === 1 ? " The dotted line is where backward begins." : ""));
     if (!model.sources.length) {
       return section("lanes", "Timeline", "", make("p", { class: "faint" }, "No plan on this page has a timeline: nothing fits."));
     }
@@ -130,6 +130,12 @@ const lanes = {
       if (x + 4 + pen.measureText(text).width < width) pen.fillText(text, x + 4, 12);
     }
     pen.stroke();
+    // Where backward begins, for a single plan.
+    const turn = model.plans.length === 1 ? model.plans[0].predicted?.forward_s ?? 0 : 0;
+    if (turn > 0 && turn > range.start && turn < range.end) {
+      pen.fillStyle = palette.colour("text");
+      for (let y = 18; y < this.height; y += 6) pen.fillRect(this.x(turn) - 0.5, y, 1, 3);
+    }
     for (const source of model.sources) {
       const x = this.x(source.timeline.step_s);
       if (model.sources.length > 1 && x >= 0 && x < width) {

@@ -59,6 +59,10 @@ class PlanData {
     return found;
   }
 
+  namesIn(item) {
+    return [...new Set(this.tensorsIn(item).map((tensor) => this.word("name", tensor)))];
+  }
+
   bytesByClass(item) {
     const sums = new Map();
     for (const tensor of this.tensorsIn(item)) {
@@ -173,6 +177,8 @@ class LaneRow {
       ];
     }
     const lines = [`${this.what[k]}: ${name}`, `${who}${laneName(this.lane)}, ${PASSES[this.pass[k]]}`];
+    const together = kind === "bucket" ? plan.namesIn(this.item[k]).length : 0;
+    if (together > 1) lines.push(`with ${countOf(together - 1, "other parameter")}`);
     const bytes = plan.bytesOf(this.what[k], this.item[k]);
     const rate = bytes && seconds > 0 ? `, ${bytesText(bytes / seconds)}/s` : "";
     lines.push(`${secondsText(seconds)} (${when})`);

@@ -227,13 +227,7 @@ class TensorTable {
     const tensor = this.shown[position];
     if (tensor === undefined) return;
     this.at = position;
-    const item = this.plan.columns.item[tensor];
-    if (item >= 0) selection.select(this.plan, item, "table", tensor);
-    else {
-      say("this tensor does not move: it is not in the timeline");
-      selection.clear();
-      this.paint();
-    }
+    selection.select(this.plan, this.plan.columns.item[tensor], "table", tensor);
   }
 
   // Something was selected elsewhere: its first tensor comes into sight.

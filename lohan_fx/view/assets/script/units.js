@@ -56,11 +56,12 @@ function percentText(share) {
   return `${percent.toFixed(Math.abs(percent) < 9.95 && percent !== 0 ? 1 : 0)} %`;
 }
 
-// How much larger `now` is than `before`: "+8.2 %", or "new" where there was nothing.
+// How much larger `now` is than `before`: "+8.2 %", "12 times", or "new" where there was nothing.
 function changeText(before, now) {
   if (before === now) return "same";
   if (!before) return "new";
   const share = now / before - 1;
+  if (share >= 9) return `${countText(Math.round(share + 1))} times`;
   if (Math.abs(share) < 0.0005) return "same";
   return `${share > 0 ? "+" : ""}${percentText(share)}`;
 }
