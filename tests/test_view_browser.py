@@ -291,7 +291,7 @@ def test_the_table_is_walked_and_chosen_from_by_keys(page: Page) -> None:
 def test_plans_are_compared(pages: dict[str, Page]) -> None:
     page = pages["two"].open()
     heads = [cell.text for cell in page.all("#difference-numbers thead th")]
-    assert heads == ["", "A greedy", "B lohan"]
+    assert heads == ["figure", "A greedy", "B lohan"]
     assert len(page.all("header .card")) == 2
     step = page.js(
         "const all = [...document.querySelectorAll('#difference-numbers tbody tr')];"

@@ -18,7 +18,7 @@ const comparison = {
   numbers(rows) {
     const heads = model.plans.map((plan) => make("th", { class: "text", scope: "col" }, make("span", { class: "tag" }, plan.letter), " ", plan.label));
     return make("table", { class: "plain", id: "difference-numbers" },
-      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads)),
+      make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "figure"), heads)),
       make("tbody", {}, rows.map(([name, unit, ...values]) => make("tr", {}, make("th", { scope: "row" }, this.title(name)),
         values.map((value, k) => this.value(name, unit, value, values[0], k))))));
   },

@@ -88,7 +88,7 @@ class StageGraph {
   stage(graph, name, index, step) {
     const x = 140 + step * index;
     const wide = Math.max(step - Math.min(3, step * 0.15), 2);
-    const node = draw("g", { class: "stage", tabindex: -1, role: "button", "data-stage": index, "aria-label": this.lines(graph, index).join(", ") });
+    const node = draw("g", { class: "stage", tabindex: -1, role: "button", "data-stage": index, "aria-label": `stage ${index}: ${this.lines(graph, index).join(", ")}` });
     for (const band of STAGE_BANDS) {
       const held = graph.held[band.group][index];
       const total = held.reduce((a, b) => a + b, 0);
