@@ -275,7 +275,8 @@ class FSDP2(Peer):
 
 
 class DeepSpeed(Peer):
-    """DeepSpeed ZeRO stage 3 with parameters and optimizer on the CPU ("cpu") or on files ("nvme").
+    """DeepSpeed ZeRO stage 3 with parameters and optimizer on the CPU ("cpu") or on files ("nvme"),
+    or only the optimizer on files ("nvme states").
 
     Every layer is checkpointed. Sizes are DeepSpeed's own where it has working ones; see
     `deepspeed_config`.
@@ -294,13 +295,14 @@ class DeepSpeed(Peer):
             raise NotInstalled("DeepSpeed's offloading needs a CUDA device; there is none here")
         single_process_group(device)
         deepspeed.init_distributed()
-        self.folder = tempfile.TemporaryDirectory(dir=args.ssd) if where == "nvme" else None
+        self.folder = None if where == "cpu" else tempfile.TemporaryDirectory(dir=args.ssd)
         with torch.device("meta"):
             shapes = models.LlamaForCausalLM(models.config_of(args.size, args.seq))
         config = deepspeed_config(
             [param.numel() for param in shapes.parameters()],
             args.batch[0],
             None if self.folder is None else self.folder.name,
+            params_too=where == "nvme",
         )
         previous = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
@@ -341,13 +343,16 @@ class DeepSpeed(Peer):
             self.folder.cleanup()
 
 
-def deepspeed_config(numels: list[int], batch: int, nvme: str | None) -> dict[str, Any]:
+def deepspeed_config(
+    numels: list[int], batch: int, nvme: str | None, params_too: bool = True
+) -> dict[str, Any]:
     """A configuration of ZeRO stage 3 with everything offloaded, to `nvme` or else to the CPU.
 
+    Without `params_too` parameters are on the CPU whatever `nvme` is.
+
     Files need buffers of a hand-set number and size. A parameter holds one of them as long as it is
-    on the GPU or on its way, so the number follows from how many parameters may be live or fetched
-    ahead; one of the optimizer's holds a whole group, of which three (being read, updated and
-    written) have four tensors each.
+    on the GPU, so the number follows from how many parameters may be live; one of the optimizer's
+    holds a whole group, of which three (being read, updated and written) have four tensors each.
     """
     largest = max(numels)
     optimizer: dict[str, Any] = {"device": "cpu", "pin_memory": True}
@@ -361,15 +366,7 @@ def deepspeed_config(numels: list[int], batch: int, nvme: str | None) -> dict[st
         "sub_group_size": 200_000_000,
     }
     if nvme is not None:
-        live, ahead = 2 * largest, largest
-        # Smaller parameters than a block of the disk stay in memory.
-        smallest = min(n for n in numels if n * 2 >= _AIO_BLOCK)
-        zero |= {
-            "stage3_max_live_parameters": live,
-            "stage3_max_reuse_distance": 0,
-            "stage3_prefetch_bucket_size": ahead,
-            "sub_group_size": max(largest, 100_000_000),
-        }
+        zero["sub_group_size"] = max(largest, 100_000_000)
         optimizer |= {
             "device": "nvme",
             "nvme_path": nvme,
@@ -377,10 +374,21 @@ def deepspeed_config(numels: list[int], batch: int, nvme: str | None) -> dict[st
             "pipeline_read": True,
             "pipeline_write": True,
         }
+    if nvme is not None and params_too:
+        live = 2 * largest
+        # Smaller parameters than a block of the disk stay in memory.
+        smallest = min((n for n in numels if n * 2 >= _AIO_BLOCK), default=largest)
+        zero |= {
+            "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": 0,
+            # 0.19.8 reads a parameter ahead twice where a checkpointed layer uses it twice in a row, and
+            # fails ("already assigned swap buffer"); 0 reads nothing ahead.
+            "stage3_prefetch_bucket_size": 0,
+        }
         params |= {
             "device": "nvme",
             "nvme_path": nvme,
-            "buffer_count": 2 * math.ceil((live + ahead) / smallest),
+            "buffer_count": 2 * math.ceil(live / smallest),
             "buffer_size": largest + 2**20,
             "max_in_cpu": 0,
         }
@@ -419,4 +427,5 @@ ENGINES: dict[str, Callable[[argparse.Namespace, torch.device], Peer]] = {
     "fsdp2-compile": lambda args, device: FSDP2(args, device, compiled=True),
     "ds_offload": lambda args, device: DeepSpeed(args, device, "cpu"),
     "ds_infinity": lambda args, device: DeepSpeed(args, device, "nvme"),
+    "ds_infinity-states": lambda args, device: DeepSpeed(args, device, "nvme states"),
 }

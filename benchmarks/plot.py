@@ -27,13 +27,14 @@ NAMES = {
     OURS: "lohan_fx",
     "ds_offload": "DeepSpeed ZeRO-3 offload",
     "ds_infinity": "DeepSpeed ZeRO-Infinity",
+    "ds_infinity-states": "DeepSpeed ZeRO-Infinity, parameters in DRAM",
     "fsdp2": "FSDP2 CPU offload",
     "fsdp2-compile": "FSDP2 CPU offload, compiled layers",
     "compile": "torch.compile, in memory",
     "compile-bf16": "torch.compile, in memory, bf16 states",
 }
 # One colour and marker a system in every plot.
-STYLES = {name: (f"C{index}", "osD^vP*"[index]) for index, name in enumerate(NAMES)}
+STYLES = {name: (f"C{index}", "osD^vP*X"[index]) for index, name in enumerate(NAMES)}
 NO_ROOM = ("out of memory", "does not fit")
 
 

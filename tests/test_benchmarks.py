@@ -197,9 +197,12 @@ def test_zero_infinity_has_buffers_for_what_may_be_live(peers: ModuleType) -> No
     params, optimizer = zero["offload_param"], zero["offload_optimizer"]
     assert params["device"] == optimizer["device"] == "nvme"
     assert params["buffer_size"] >= max(numels)
-    live = zero["stage3_max_live_parameters"] + zero["stage3_prefetch_bucket_size"]
+    live = zero["stage3_max_live_parameters"]
     assert params["buffer_count"] * 4_194_304 >= live >= max(numels)
     assert optimizer["buffer_count"] > 3 * 4
+    states = peers.deepspeed_config(numels, 16, "/disk", params_too=False)["zero_optimization"]
+    assert states["offload_optimizer"] == optimizer
+    assert states["offload_param"] == {"device": "cpu", "pin_memory": True}
     cpu = peers.deepspeed_config(numels, 16, None)["zero_optimization"]
     assert cpu["offload_param"] == cpu["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
 
