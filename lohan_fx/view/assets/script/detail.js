@@ -14,14 +14,33 @@ const detail = {
     tip.hide();
     const { plan, item, tensor } = selection;
     const kind = item < 0 ? "tensor" : plan.items[item][0];
-    const jump = (text, id) => make("button", { type: "button", onclick: () => document.getElementById(id).scrollIntoView() }, text);
+    const jump = (text, id) =>
+      make(
+        "button",
+        { type: "button", onclick: () => document.getElementById(id).scrollIntoView() },
+        text,
+      );
     const title = this.title(plan, item, tensor, kind);
     this.node.replaceChildren(
-      make("div", { class: "head" },
+      make(
+        "div",
+        { class: "head" },
         make("b", {}, title),
-        make("span", { class: "tools" }, jump("timeline", "lanes"), kind === "stage" ? jump("stages", "stages") : null, jump("tensors", "tensors"),
-          make("button", { type: "button", onclick: () => selection.clear() }, "clear"))),
-      make("div", { class: "parts" }, this.held(plan, item < 0 ? [tensor] : plan.tensorsIn(item), kind, item), this.work(plan, tensor)),
+        make(
+          "span",
+          { class: "tools" },
+          jump("timeline", "lanes"),
+          kind === "stage" ? jump("stages", "stages") : null,
+          jump("tensors", "tensors"),
+          make("button", { type: "button", onclick: () => selection.clear() }, "clear"),
+        ),
+      ),
+      make(
+        "div",
+        { class: "parts" },
+        this.held(plan, item < 0 ? [tensor] : plan.tensorsIn(item), kind, item),
+        this.work(plan, tensor),
+      ),
     );
     say(`selected ${title}`);
   },
@@ -31,7 +50,9 @@ const detail = {
     const name = item < 0 ? "" : shortName(plan.items[item]);
     if (tensor < 0) return `${kind} ${name}`;
     const words = `${plan.word("name", tensor)} (${plan.word("class", tensor)}, ${plan.word("shape", tensor)}, ${plan.word("dtype", tensor)})`;
-    return kind === "bucket" && plan.namesIn(item).length > 1 ? `${words} in bucket ${name}` : words;
+    return kind === "bucket" && plan.namesIn(item).length > 1
+      ? `${words} in bucket ${name}`
+      : words;
   },
 
   // Bytes by class and place, and why.
@@ -46,15 +67,26 @@ const detail = {
       return make("li", {}, `${name} `, placeWord(place), ` ${bytesText(bytes)}`);
     });
     const note = item >= 0 ? plan.item_notes[item] : plan.word("reason", tensors[0]);
-    return make("div", { class: "holds" },
-      make("div", { class: "faint" }, kind === "stage" ? `${countOf(tensors.length, "tensor")} of this layer` : countOf(tensors.length, "tensor")),
-      make("ul", {}, rows), note ? make("div", {}, `why: ${note}`) : null);
+    return make(
+      "div",
+      { class: "holds" },
+      make(
+        "div",
+        { class: "faint" },
+        kind === "stage"
+          ? `${countOf(tensors.length, "tensor")} of this layer`
+          : countOf(tensors.length, "tensor"),
+      ),
+      make("ul", {}, rows),
+      note ? make("div", {}, `why: ${note}`) : null,
+    );
   },
 
   // What happens to what never moves.
   still(plan, tensor) {
-    const known = tensor >= 0 ? tensor : plan.tensorsIn(selection.item)[0] ?? -1;
-    if (known < 0 || plan.word("placement", known) !== "recompute") return "It stays where it is: nothing moves it during the step.";
+    const known = tensor >= 0 ? tensor : (plan.tensorsIn(selection.item)[0] ?? -1);
+    if (known < 0 || plan.word("placement", known) !== "recompute")
+      return "It stays where it is: nothing moves it during the step.";
     const seconds = plan.columns.recompute_s[known];
     return `Forward does not keep it: backward makes it again${seconds === null ? "" : `, in ${secondsText(seconds)}`}.`;
   },
@@ -64,18 +96,34 @@ const detail = {
     const found = lanes.occurrences();
     const rows = found.slice(0, 40).map(([number, k]) => {
       const row = model.rows[number];
-      const what = row.cause[k] >= 0 ? `GPU waits for it (${laneName(LANES[row.cause[k]])})` : `${row.what[k]}, ${laneName(row.lane)}`;
+      const what =
+        row.cause[k] >= 0
+          ? `GPU waits for it (${laneName(LANES[row.cause[k]])})`
+          : `${row.what[k]}, ${laneName(row.lane)}`;
       const show = () => {
         range.reveal(row.start[k], row.end[k]);
         lanes.focus = [number, k];
         lanes.redraw();
       };
-      return make("li", {},
-        make("button", { type: "button", class: "jump", onclick: show }, model.sources.length > 1 ? `${what}, ${row.source.label}` : what),
-        ` ${secondsText(row.end[k] - row.start[k])} `, make("span", { class: "faint" }, `at ${secondsText(row.start[k])}`));
+      return make(
+        "li",
+        {},
+        make(
+          "button",
+          { type: "button", class: "jump", onclick: show },
+          model.sources.length > 1 ? `${what}, ${row.source.label}` : what,
+        ),
+        ` ${secondsText(row.end[k] - row.start[k])} `,
+        make("span", { class: "faint" }, `at ${secondsText(row.start[k])}`),
+      );
     });
     if (!rows.length) return make("div", { class: "faint" }, this.still(plan, tensor));
     const more = found.length - rows.length;
-    return make("div", { class: "does" }, make("ul", { class: "flow" }, rows), more > 0 ? make("div", { class: "faint" }, `and ${countText(more)} more`) : null);
+    return make(
+      "div",
+      { class: "does" },
+      make("ul", { class: "flow" }, rows),
+      more > 0 ? make("div", { class: "faint" }, `and ${countText(more)} more`) : null,
+    );
   },
 };

@@ -27,7 +27,12 @@ function section(id, title, words, ...children) {
   return make(
     "section",
     { id, "aria-labelledby": `${id}-title` },
-    make("div", { class: "head" }, make("h2", { id: `${id}-title` }, title), make("span", { class: "faint small" }, words)),
+    make(
+      "div",
+      { class: "head" },
+      make("h2", { id: `${id}-title` }, title),
+      make("span", { class: "faint small" }, words),
+    ),
     ...children,
   );
 }

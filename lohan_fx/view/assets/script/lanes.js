@@ -1,6 +1,7 @@
 // The lanes over time, drawn on a canvas: thousands of spans at every zoom.
 
-const BUSY = "busy: the share of the step in which a lane has work, at its full rate or, where lanes share a device, at a part of it";
+const BUSY =
+  "busy: the share of the step in which a lane has work, at its full rate or, where lanes share a device, at a part of it";
 
 const lanes = {
   axisHeight: 26,
@@ -21,39 +22,96 @@ const lanes = {
       }
       this.tops.push(y);
       const share = row.source.timeline.step_s ? row.busy / row.source.timeline.step_s : 0;
-      const name = many ? make("span", { class: "faint" }, row.source.label) : make("span", { class: "lane" }, laneName(row.lane));
-      labels.append(this.label(y, this.rowHeight - 2, name, make("span", { class: "faint" }, percentText(share))));
+      const name = many
+        ? make("span", { class: "faint" }, row.source.label)
+        : make("span", { class: "lane" }, laneName(row.lane));
+      labels.append(
+        this.label(
+          y,
+          this.rowHeight - 2,
+          name,
+          make("span", { class: "faint" }, percentText(share)),
+        ),
+      );
       y += this.rowHeight + (many && model.rows[k + 1]?.lane === row.lane ? 0 : 8);
     });
     this.height = y;
     labels.style.height = `${y}px`;
-    labels.append(this.label(2, 22, make("span", { class: "faint" }, "lane"), make("span", { class: "faint", title: BUSY }, "busy")));
+    labels.append(
+      this.label(
+        2,
+        22,
+        make("span", { class: "faint" }, "lane"),
+        make("span", { class: "faint", title: BUSY }, "busy"),
+      ),
+    );
     this.canvas = make("canvas", {
       tabindex: 0,
       role: "application",
       id: "lanes-canvas",
       style: { height: `${y}px` },
-      "aria-label": "Timeline of lanes. Left and right go from span to span, up and down from lane to lane, enter selects, plus and minus zoom, shift with left and right pans, 0 shows the whole step.",
+      "aria-label":
+        "Timeline of lanes. Left and right go from span to span, up and down from lane to lane, enter selects, plus and minus zoom, shift with left and right pans, 0 shows the whole step.",
     });
     this.text = make("span", { class: "faint small", id: "range-text" });
     const used = new Set(model.rows.flatMap((row) => row.style));
-    const button = (text, label, work) => make("button", { type: "button", "aria-label": label, title: label, onclick: work }, text);
-    const node = section("lanes", "Timeline", this.words(),
-      make("div", { class: "tools" },
+    const button = (text, label, work) =>
+      make("button", { type: "button", "aria-label": label, title: label, onclick: work }, text);
+    const node = section(
+      "lanes",
+      "Timeline",
+      this.words(),
+      make(
+        "div",
+        { class: "tools" },
         button("+", "zoom in", () => range.zoom(0.5)),
         button("\u2212", "zoom out", () => range.zoom(2)),
         button("\u25c0", "earlier", () => range.pan(-range.width / 3)),
         button("\u25b6", "later", () => range.pan(range.width / 3)),
         button("whole step", "show the whole step", () => range.reset()),
-        this.text),
+        this.text,
+      ),
       palette.legend(STYLE_NAMES.filter((name) => used.has(name))),
       make("div", { class: "lanes" }, labels, this.canvas),
-      make("p", { class: "faint small" }, "Wheel zooms, drag pans, ", make("kbd", {}, "shift"), " drag zooms into a stretch, click selects. Keys: ",
-        make("kbd", {}, "\u2190"), " ", make("kbd", {}, "\u2192"), " spans, ", make("kbd", {}, "\u2191"), " ", make("kbd", {}, "\u2193"), " lanes, ",
-        make("kbd", {}, "enter"), " selects, ", make("kbd", {}, "+"), " ", make("kbd", {}, "\u2212"), " zoom, ", make("kbd", {}, "shift"), " ",
-        make("kbd", {}, "\u2190"), " ", make("kbd", {}, "\u2192"), " pan, ", make("kbd", {}, "0"), " whole step. ", `${BUSY}.`, model.plans.length === 1 ? " The dotted line is where backward begins." : ""));
+      make(
+        "p",
+        { class: "faint small" },
+        "Wheel zooms, drag pans, ",
+        make("kbd", {}, "shift"),
+        " drag zooms into a stretch, click selects. Keys: ",
+        make("kbd", {}, "\u2190"),
+        " ",
+        make("kbd", {}, "\u2192"),
+        " spans, ",
+        make("kbd", {}, "\u2191"),
+        " ",
+        make("kbd", {}, "\u2193"),
+        " lanes, ",
+        make("kbd", {}, "enter"),
+        " selects, ",
+        make("kbd", {}, "+"),
+        " ",
+        make("kbd", {}, "\u2212"),
+        " zoom, ",
+        make("kbd", {}, "shift"),
+        " ",
+        make("kbd", {}, "\u2190"),
+        " ",
+        make("kbd", {}, "\u2192"),
+        " pan, ",
+        make("kbd", {}, "0"),
+        " whole step. ",
+        `${BUSY}.`,
+        model.plans.length === 1 ? " The dotted line is where backward begins." : "",
+      ),
+    );
     if (!model.sources.length) {
-      return section("lanes", "Timeline", "", make("p", { class: "faint" }, "No plan on this page has a timeline: nothing fits."));
+      return section(
+        "lanes",
+        "Timeline",
+        "",
+        make("p", { class: "faint" }, "No plan on this page has a timeline: nothing fits."),
+      );
     }
     this.redraw = onceAFrame(() => this.paint());
     range.listen(() => {
@@ -91,7 +149,10 @@ const lanes = {
     const { canvas } = this;
     const width = canvas.clientWidth;
     const scale = devicePixelRatio || 1;
-    if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(this.height * scale)) {
+    if (
+      canvas.width !== Math.round(width * scale) ||
+      canvas.height !== Math.round(this.height * scale)
+    ) {
       canvas.width = Math.round(width * scale);
       canvas.height = Math.round(this.height * scale);
     }
@@ -102,7 +163,10 @@ const lanes = {
     pen.textBaseline = "middle";
     this.axis(pen, width);
     model.rows.forEach((row, k) => this.row(pen, row, this.tops[k], width));
-    for (const [at, colour] of [[this.hover, "text"], [this.focus, "focus"]]) {
+    for (const [at, colour] of [
+      [this.hover, "text"],
+      [this.focus, "focus"],
+    ]) {
       if (at) this.frame(pen, at, palette.colour(colour));
     }
     if (this.band) {
@@ -117,7 +181,10 @@ const lanes = {
     const wanted = range.width / Math.max(2, width / 84);
     const power = 10 ** Math.floor(Math.log10(wanted));
     const step = [1, 2, 2.5, 5, 10].map((f) => f * power).find((s) => s >= wanted * 0.999);
-    const digits = Math.max(0, Math.ceil(-Math.log10(power) - 1e-9) + (step === 2.5 * power ? 1 : 0));
+    const digits = Math.max(
+      0,
+      Math.ceil(-Math.log10(power) - 1e-9) + (step === 2.5 * power ? 1 : 0),
+    );
     pen.strokeStyle = palette.colour("line");
     pen.fillStyle = palette.colour("faint");
     pen.lineWidth = 1;
@@ -131,7 +198,7 @@ const lanes = {
     }
     pen.stroke();
     // Where backward begins, for a single plan.
-    const turn = model.plans.length === 1 ? model.plans[0].predicted?.forward_s ?? 0 : 0;
+    const turn = model.plans.length === 1 ? (model.plans[0].predicted?.forward_s ?? 0) : 0;
     if (turn > 0 && turn > range.start && turn < range.end) {
       pen.fillStyle = palette.colour("text");
       for (let y = 18; y < this.height; y += 6) pen.fillRect(this.x(turn) - 0.5, y, 1, 3);
@@ -179,8 +246,12 @@ const lanes = {
     const left = Math.max(from, 0);
     const room = Math.min(from + wide, this.canvas.clientWidth) - left - 8;
     const waits = row.cause[k] >= 0;
-    const texts = waits ? [`waits for ${laneName(LANES[row.cause[k]])}`, laneName(LANES[row.cause[k]])] : this.names(row, k);
-    const shown = texts.find((text) => text.length * 4 < room && pen.measureText(text).width <= room);
+    const texts = waits
+      ? [`waits for ${laneName(LANES[row.cause[k]])}`, laneName(LANES[row.cause[k]])]
+      : this.names(row, k);
+    const shown = texts.find(
+      (text) => text.length * 4 < room && pen.measureText(text).width <= room,
+    );
     if (!shown) return;
     if (STYLES[row.style[k]].pattern !== "plain") {
       pen.fillStyle = palette.colour(row.style[k]);
@@ -195,7 +266,9 @@ const lanes = {
     const name = shortName(row.source.plan.items[row.item[k]]);
     const parts = name.split(".");
     const what = row.what[k];
-    const tails = [0, 1, 2, 3].filter((cut) => cut < parts.length).map((cut) => parts.slice(cut).join("."));
+    const tails = [0, 1, 2, 3]
+      .filter((cut) => cut < parts.length)
+      .map((cut) => parts.slice(cut).join("."));
     return [...tails.map((tail) => `${what} ${tail}`), ...tails.slice(1), what];
   },
 
@@ -204,14 +277,22 @@ const lanes = {
     const from = this.x(row.start[k]);
     pen.strokeStyle = colour;
     pen.lineWidth = 2.5;
-    pen.strokeRect(from - 1, this.tops[number] - 1, Math.max(this.x(row.end[k]) - from, 2) + 2, this.rowHeight);
+    pen.strokeRect(
+      from - 1,
+      this.tops[number] - 1,
+      Math.max(this.x(row.end[k]) - from, 2) + 2,
+      this.rowHeight,
+    );
   },
 
   // [row, entry] at a point of the canvas, or null.
   hit(x, y) {
     const number = this.tops.findIndex((top) => y >= top && y < top + this.rowHeight);
     if (number < 0) return null;
-    const entry = model.rows[number].at(this.seconds(x), (3 / this.canvas.clientWidth) * range.width);
+    const entry = model.rows[number].at(
+      this.seconds(x),
+      (3 / this.canvas.clientWidth) * range.width,
+    );
     return entry < 0 ? null : [number, entry];
   },
 
@@ -239,7 +320,8 @@ const lanes = {
         return;
       }
       this.hover = this.hit(event.offsetX, event.offsetY);
-      if (this.hover) tip.show(model.rows[this.hover[0]].lines(this.hover[1]), event.clientX, event.clientY);
+      if (this.hover)
+        tip.show(model.rows[this.hover[0]].lines(this.hover[1]), event.clientX, event.clientY);
       else tip.hide();
       this.redraw();
     });
@@ -269,7 +351,11 @@ const lanes = {
       this.redraw();
     });
     canvas.addEventListener("dblclick", (event) => range.zoom(0.4, this.seconds(event.offsetX)));
-    canvas.addEventListener("wheel", (event) => range.wheel(event, event.offsetX / canvas.clientWidth), { passive: false });
+    canvas.addEventListener(
+      "wheel",
+      (event) => range.wheel(event, event.offsetX / canvas.clientWidth),
+      { passive: false },
+    );
   },
 
   choose(at) {
@@ -332,7 +418,8 @@ const lanes = {
     if (!row.length) return;
     const k = Math.max(0, Math.min(entry, row.length - 1));
     this.focus = [number, k];
-    if (row.end[k] < range.start || row.start[k] > range.end) range.reveal(row.start[k], row.end[k]);
+    if (row.end[k] < range.start || row.start[k] > range.end)
+      range.reveal(row.start[k], row.end[k]);
     const box = this.canvas.getBoundingClientRect();
     const lines = row.lines(k);
     const x = Math.max(0, Math.min(this.x(row.start[k]), box.width));
@@ -361,7 +448,10 @@ const lanes = {
       const item = selection.rowIn(row.source.plan);
       if (item >= 0) row.item.forEach((at, k) => at === item && found.push([number, k]));
     });
-    const key = ([number, k]) => [model.rows[number].cause[k] >= 0 ? 1 : 0, model.rows[number].start[k]];
+    const key = ([number, k]) => [
+      model.rows[number].cause[k] >= 0 ? 1 : 0,
+      model.rows[number].start[k],
+    ];
     return found.sort((a, b) => key(a)[0] - key(b)[0] || key(a)[1] - key(b)[1]);
   },
 };

@@ -8,7 +8,11 @@ const parts = [
   memory.build(),
   stages.build(),
   table.build(),
-  make("footer", {}, "Made by lohan_fx.view. This page holds all it shows and asks the network for nothing. Charts of memory are drawn with uPlot (MIT licence, \u00a9 2022 Leon Sorokin)."),
+  make(
+    "footer",
+    {},
+    "Made by lohan_fx.view. This page holds all it shows and asks the network for nothing. Charts of memory are drawn with uPlot (MIT licence, \u00a9 2022 Leon Sorokin).",
+  ),
 ].filter(Boolean);
 document.getElementById("page").append(...parts);
 document.body.append(detail.build(), tip.node, voice);

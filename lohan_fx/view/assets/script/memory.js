@@ -9,17 +9,37 @@ const memory = {
 
   build() {
     if (!model.sources.length) {
-      return section("memory", "Memory", "", make("p", { class: "faint" }, "No plan on this page has a timeline: nothing fits."));
+      return section(
+        "memory",
+        "Memory",
+        "",
+        make("p", { class: "faint" }, "No plan on this page has a timeline: nothing fits."),
+      );
     }
     const used = new Set();
     for (const source of model.sources) {
-      for (const tier of TIERS) Object.keys(source.timeline.memory[tier].bytes).forEach((name) => used.add(name));
+      for (const tier of TIERS)
+        Object.keys(source.timeline.memory[tier].bytes).forEach((name) => used.add(name));
     }
     const box = make("div", { class: "memory" });
-    this.node = section("memory", "Memory", "bytes in use over the simulated step, stacked by class, under each tier's budget; what a plan reserves, above, has windows and buffers at their fullest",
-      palette.legend(MEMORY_ORDER.filter((name) => used.has(name))), box,
-      make("p", { class: "faint small" }, "Drag zooms in, wheel zooms, double click shows the whole step; with a chart focused ",
-        make("kbd", {}, "\u2190"), " ", make("kbd", {}, "\u2192"), " move the marker and ", make("kbd", {}, "0"), " shows the whole step."));
+    this.node = section(
+      "memory",
+      "Memory",
+      "bytes in use over the simulated step, stacked by class, under each tier's budget; what a plan reserves, above, has windows and buffers at their fullest",
+      palette.legend(MEMORY_ORDER.filter((name) => used.has(name))),
+      box,
+      make(
+        "p",
+        { class: "faint small" },
+        "Drag zooms in, wheel zooms, double click shows the whole step; with a chart focused ",
+        make("kbd", {}, "\u2190"),
+        " ",
+        make("kbd", {}, "\u2192"),
+        " move the marker and ",
+        make("kbd", {}, "0"),
+        " shows the whole step.",
+      ),
+    );
     for (const tier of TIERS) {
       const shown = model.sources.filter((source) => peakOf(source, tier) > 0);
       const top = Math.max(...shown.map((source) => chartTop(source, tier)));
@@ -30,7 +50,9 @@ const memory = {
     const redraw = onceAFrame(() => this.charts.forEach((chart) => chart.follow()));
     range.listen(redraw);
     palette.listen(() => this.charts.forEach((chart) => chart.rebuild()));
-    new ResizeObserver(onceAFrame(() => this.charts.forEach((chart) => chart.resize()))).observe(box);
+    new ResizeObserver(onceAFrame(() => this.charts.forEach((chart) => chart.resize()))).observe(
+      box,
+    );
     return this.node;
   },
 
@@ -65,16 +87,40 @@ class MemoryChart {
     this.classes = MEMORY_ORDER.filter((name) => source.timeline.memory[tier].bytes[name]);
     this.columns = this.stacked();
     this.now = make("div", { class: "now", hidden: true });
-    this.node = make("div", { class: "tier", tabindex: 0, role: "group", "aria-roledescription": "chart", "aria-label": this.words() },
-      make("div", { class: "who" }, make("b", {}, TIER_NAMES[tier]), model.sources.length > 1 ? [source.label, make("br")] : null,
-        make("span", { class: "faint" }, `peak ${bytesText(peakOf(source, tier))}`, make("br"), this.budgetWords())),
-      this.now);
+    this.node = make(
+      "div",
+      {
+        class: "tier",
+        tabindex: 0,
+        role: "group",
+        "aria-roledescription": "chart",
+        "aria-label": this.words(),
+      },
+      make(
+        "div",
+        { class: "who" },
+        make("b", {}, TIER_NAMES[tier]),
+        model.sources.length > 1 ? [source.label, make("br")] : null,
+        make(
+          "span",
+          { class: "faint" },
+          `peak ${bytesText(peakOf(source, tier))}`,
+          make("br"),
+          this.budgetWords(),
+        ),
+      ),
+      this.now,
+    );
     box.append(this.node);
     this.node.addEventListener("keydown", (event) => this.key(event));
-    this.node.addEventListener("wheel", (event) => {
-      const left = event.clientX - this.node.getBoundingClientRect().left - GUTTER;
-      range.wheel(event, Math.max(0, Math.min(1, left / (this.node.clientWidth - GUTTER - 14))));
-    }, { passive: false });
+    this.node.addEventListener(
+      "wheel",
+      (event) => {
+        const left = event.clientX - this.node.getBoundingClientRect().left - GUTTER;
+        range.wheel(event, Math.max(0, Math.min(1, left / (this.node.clientWidth - GUTTER - 14))));
+      },
+      { passive: false },
+    );
   }
 
   budgetWords() {
@@ -104,7 +150,10 @@ class MemoryChart {
 
   parts(k) {
     return this.classes
-      .map((name, c) => `${STYLES[name].label} ${bytesText(this.columns[c + 1][k] - (c ? this.columns[c][k] : 0))}`)
+      .map(
+        (name, c) =>
+          `${STYLES[name].label} ${bytesText(this.columns[c + 1][k] - (c ? this.columns[c][k] : 0))}`,
+      )
       .join(", ");
   }
 
@@ -119,36 +168,62 @@ class MemoryChart {
     const order = this.classes.map((_, c) => c).reverse();
     const text = palette.colour("faint");
     const grid = { stroke: palette.colour("soft"), width: 1 };
-    this.plot = new uPlot({
-      width: this.node.clientWidth || 800,
-      height: this.height,
-      padding: [8, 14, 0, 0],
-      legend: { show: false },
-      cursor: {
-        y: false,
-        points: { show: false },
-        sync: { key: "memory" },
-        drag: { x: true, y: false, setScale: false },
-        bind: { dblclick: () => () => range.reset() },
+    this.plot = new uPlot(
+      {
+        width: this.node.clientWidth || 800,
+        height: this.height,
+        padding: [8, 14, 0, 0],
+        legend: { show: false },
+        cursor: {
+          y: false,
+          points: { show: false },
+          sync: { key: "memory" },
+          drag: { x: true, y: false, setScale: false },
+          bind: { dblclick: () => () => range.reset() },
+        },
+        scales: {
+          x: { time: false, range: () => [range.start, range.end] },
+          y: { range: () => [0, this.top] },
+        },
+        axes: [
+          {
+            stroke: text,
+            grid,
+            ticks: grid,
+            size: this.last ? 28 : 6,
+            font: "11px system-ui, sans-serif",
+            values: (plot, ticks) => ticks.map((t) => (this.last ? `${+t.toPrecision(8)} s` : "")),
+          },
+          {
+            stroke: text,
+            grid,
+            ticks: grid,
+            size: GUTTER,
+            font: "11px system-ui, sans-serif",
+            space: 34,
+            splits: () => this.ticks(),
+            values: (plot, ticks) => ticks.map((bytes) => bytesText(bytes).replace(".0 ", " ")),
+          },
+        ],
+        series: [
+          {},
+          ...order.map((c) => ({
+            label: this.classes[c],
+            paths: stepped,
+            points: { show: false },
+            width: 0,
+            fill: () => palette.fill(this.classes[c]),
+          })),
+        ],
+        hooks: {
+          draw: [(plot) => this.budgetLine(plot)],
+          setCursor: [(plot) => this.read(plot)],
+          setSelect: [(plot) => this.zoomTo(plot)],
+        },
       },
-      scales: { x: { time: false, range: () => [range.start, range.end] }, y: { range: () => [0, this.top] } },
-      axes: [
-        { stroke: text, grid, ticks: grid, size: this.last ? 28 : 6, font: "11px system-ui, sans-serif", values: (plot, ticks) => ticks.map((t) => (this.last ? `${+t.toPrecision(8)} s` : "")) },
-        { stroke: text, grid, ticks: grid, size: GUTTER, font: "11px system-ui, sans-serif", space: 34, splits: () => this.ticks(), values: (plot, ticks) => ticks.map((bytes) => bytesText(bytes).replace(".0 ", " ")) },
-      ],
-      series: [{}, ...order.map((c) => ({
-        label: this.classes[c],
-        paths: stepped,
-        points: { show: false },
-        width: 0,
-        fill: () => palette.fill(this.classes[c]),
-      }))],
-      hooks: {
-        draw: [(plot) => this.budgetLine(plot)],
-        setCursor: [(plot) => this.read(plot)],
-        setSelect: [(plot) => this.zoomTo(plot)],
-      },
-    }, [this.columns[0], ...order.map((c) => this.columns[c + 1])], this.node);
+      [this.columns[0], ...order.map((c) => this.columns[c + 1])],
+      this.node,
+    );
     this.plot.root.setAttribute("aria-hidden", "true");
   }
 
@@ -170,7 +245,11 @@ class MemoryChart {
     pen.fillStyle = pen.strokeStyle = palette.colour("bad");
     pen.textAlign = "left";
     if (budget > this.top) {
-      pen.fillText(`\u2191 budget ${bytesText(budget)}, above this chart`, left + 6 * scale, top + 12 * scale);
+      pen.fillText(
+        `\u2191 budget ${bytesText(budget)}, above this chart`,
+        left + 6 * scale,
+        top + 12 * scale,
+      );
     } else if (budget > 0) {
       const y = Math.round(plot.valToPos(budget, "y", true));
       pen.lineWidth = 1.5 * scale;
@@ -219,7 +298,8 @@ class MemoryChart {
 
   resize() {
     const width = this.node.clientWidth;
-    if (this.plot && width && width !== this.plot.width) this.plot.setSize({ width, height: this.height });
+    if (this.plot && width && width !== this.plot.width)
+      this.plot.setSize({ width, height: this.height });
   }
 
   key(event) {
@@ -230,7 +310,13 @@ class MemoryChart {
     else if (event.key === "-") range.zoom(2, this.seconds);
     else if (by && event.shiftKey) range.pan((by * range.width) / 4);
     else if (by) {
-      const left = Math.max(0, Math.min((this.plot.cursor.left ?? -1) + by * (over.clientWidth / 100), over.clientWidth - 1));
+      const left = Math.max(
+        0,
+        Math.min(
+          (this.plot.cursor.left ?? -1) + by * (over.clientWidth / 100),
+          over.clientWidth - 1,
+        ),
+      );
       this.plot.setCursor({ left, top: 10 });
       say(this.now.textContent);
     } else return;

@@ -87,13 +87,16 @@ class PlanData {
 
   // Tells a tensor from others, in this plan and in others of the model.
   keyOf(tensor) {
-    return [this.word("name", tensor), this.word("class", tensor), this.word("layer", tensor)].join("\n");
+    return [this.word("name", tensor), this.word("class", tensor), this.word("layer", tensor)].join(
+      "\n",
+    );
   }
 
   get tensorByKey() {
     if (!this.keys) {
       this.keys = new Map();
-      for (let tensor = 0; tensor < this.numTensors; tensor++) this.keys.set(this.keyOf(tensor), tensor);
+      for (let tensor = 0; tensor < this.numTensors; tensor++)
+        this.keys.set(this.keyOf(tensor), tensor);
     }
     return this.keys;
   }
@@ -131,7 +134,8 @@ class LaneRow {
     this.style = entries.map((e) => (e[5] < 0 ? styleOf(e[3], items[e[2]][0]) : "stall"));
     // Ends that never fall, for binary search where spans overlap.
     this.reach = Float64Array.from(this.end);
-    for (let k = 1; k < this.length; k++) this.reach[k] = Math.max(this.reach[k], this.reach[k - 1]);
+    for (let k = 1; k < this.length; k++)
+      this.reach[k] = Math.max(this.reach[k], this.reach[k - 1]);
   }
 
   // The first entry that ends after `seconds`.
@@ -150,7 +154,11 @@ class LaneRow {
   at(seconds, slack) {
     let best = -1;
     let least = slack;
-    for (let k = this.after(seconds - slack); k < this.length && this.start[k] <= seconds + slack; k++) {
+    for (
+      let k = this.after(seconds - slack);
+      k < this.length && this.start[k] <= seconds + slack;
+      k++
+    ) {
       const away = Math.max(this.start[k] - seconds, seconds - this.end[k], 0);
       if (away < least || best < 0) {
         best = k;
@@ -176,7 +184,10 @@ class LaneRow {
         `until ${kind} ${name} is there`,
       ];
     }
-    const lines = [`${this.what[k]}: ${name}`, `${who}${laneName(this.lane)}, ${PASSES[this.pass[k]]}`];
+    const lines = [
+      `${this.what[k]}: ${name}`,
+      `${who}${laneName(this.lane)}, ${PASSES[this.pass[k]]}`,
+    ];
     const together = kind === "bucket" ? plan.namesIn(this.item[k]).length : 0;
     if (together > 1) lines.push(`with ${countOf(together - 1, "other parameter")}`);
     const bytes = plan.bytesOf(this.what[k], this.item[k]);

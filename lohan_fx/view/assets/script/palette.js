@@ -57,7 +57,8 @@ const palette = {
     };
     // A diagonal goes on in the neighbouring tiles, so its corners are drawn three times.
     for (const shift of [-size, 0, size]) {
-      if (kind === "diagonal" || kind === "cross" || kind === "sparse") line(shift, size, shift + size, 0);
+      if (kind === "diagonal" || kind === "cross" || kind === "sparse")
+        line(shift, size, shift + size, 0);
       if (kind === "back" || kind === "cross") line(shift, 0, shift + size, size);
     }
     if (kind === "vertical") line(4.5, 0, 4.5, size);

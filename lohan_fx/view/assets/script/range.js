@@ -50,7 +50,10 @@ const range = {
     if (start >= this.start && end <= this.end && length > this.width / 150) return;
     const width = Math.min(this.width, length * 40);
     const middle = (start + end) / 2;
-    this.set(middle - Math.max(width, length * 1.2) / 2, middle + Math.max(width, length * 1.2) / 2);
+    this.set(
+      middle - Math.max(width, length * 1.2) / 2,
+      middle + Math.max(width, length * 1.2) / 2,
+    );
   },
 
   text() {
@@ -66,7 +69,11 @@ const range = {
     event.preventDefault();
     const unit = event.deltaMode === 1 ? 33 : 1;
     if (sideways) this.pan(((event.deltaX || event.deltaY) * unit * this.width) / 900);
-    else this.zoom(Math.exp(Math.max(-1, Math.min(1, event.deltaY * unit * 0.002))), this.start + share * this.width);
+    else
+      this.zoom(
+        Math.exp(Math.max(-1, Math.min(1, event.deltaY * unit * 0.002))),
+        this.start + share * this.width,
+      );
   },
 };
 range.end = range.full;

@@ -21,17 +21,45 @@ class TensorTable {
     this.plan = model.plans[0];
     this.sorting = { column: null, down: false };
     this.only = null; // [words, tensors] that a list elsewhere asks for
-    this.search = make("input", { type: "search", id: "search", placeholder: "name, layer, shape, reason", "aria-label": "search tensors", oninput: () => this.refresh() });
+    this.search = make("input", {
+      type: "search",
+      id: "search",
+      placeholder: "name, layer, shape, reason",
+      "aria-label": "search tensors",
+      oninput: () => this.refresh(),
+    });
     this.count = make("span", { class: "faint", role: "status", id: "count" });
-    this.chip = make("button", { type: "button", hidden: true, onclick: () => this.showOnly(null) });
+    this.chip = make("button", {
+      type: "button",
+      hidden: true,
+      onclick: () => this.showOnly(null),
+    });
     this.places = this.boxes("placement", PLACES, placeWord);
-    this.classes = this.boxes("class", CLASSES.filter((name) => model.plans.some((plan) => plan.tables.class.includes(name))), (name) => name);
+    this.classes = this.boxes(
+      "class",
+      CLASSES.filter((name) => model.plans.some((plan) => plan.tables.class.includes(name))),
+      (name) => name,
+    );
     this.titles = make("div", { class: "line titles", role: "row", "aria-rowindex": 1 });
     this.tall = make("div", { class: "tall", role: "rowgroup" });
     this.wide = make("div", { class: "wide", role: "presentation" }, this.titles, this.tall);
-    this.scroll = make("div", { class: "scroll", tabindex: 0, role: "grid", id: "grid", "aria-label": "Tensors. Up and down go from line to line, enter shows the tensor in the timeline." }, this.wide);
+    this.scroll = make(
+      "div",
+      {
+        class: "scroll",
+        tabindex: 0,
+        role: "grid",
+        id: "grid",
+        "aria-label":
+          "Tensors. Up and down go from line to line, enter shows the tensor in the timeline.",
+      },
+      this.wide,
+    );
     this.at = 0;
-    this.scroll.addEventListener("scroll", onceAFrame(() => this.paint()));
+    this.scroll.addEventListener(
+      "scroll",
+      onceAFrame(() => this.paint()),
+    );
     this.scroll.addEventListener("keydown", (event) => this.key(event));
     this.tall.addEventListener("click", (event) => {
       const line = event.target.closest(".data");
@@ -40,23 +68,54 @@ class TensorTable {
     new ResizeObserver(onceAFrame(() => this.paint())).observe(this.scroll);
     selection.listen((from) => this.follow(from));
     const choice = planChoice("tensors-plan", (plan) => this.showPlan(plan));
-    const node = section("tensors", "Tensors", "a click shows a tensor in the timeline, and a span there its tensors here",
-      make("div", { class: "filters" }, choice, this.search, this.places.node, this.classes.node, this.chip, this.count),
-      make("div", { class: "grid" }, this.scroll));
+    const node = section(
+      "tensors",
+      "Tensors",
+      "a click shows a tensor in the timeline, and a span there its tensors here",
+      make(
+        "div",
+        { class: "filters" },
+        choice,
+        this.search,
+        this.places.node,
+        this.classes.node,
+        this.chip,
+        this.count,
+      ),
+      make("div", { class: "grid" }, this.scroll),
+    );
     this.showPlan(this.plan);
     return node;
   }
 
   boxes(name, values, word) {
-    const inputs = values.map((value) => make("input", { type: "checkbox", value, checked: true, onchange: () => this.refresh() }));
-    const node = make("fieldset", {}, make("legend", { class: "faint" }, name), inputs.map((input, k) => make("label", {}, input, word(values[k]))));
-    return { node, inputs, chosen: () => new Set(inputs.filter((input) => input.checked).map((input) => input.value)) };
+    const inputs = values.map((value) =>
+      make("input", { type: "checkbox", value, checked: true, onchange: () => this.refresh() }),
+    );
+    const node = make(
+      "fieldset",
+      {},
+      make("legend", { class: "faint" }, name),
+      inputs.map((input, k) => make("label", {}, input, word(values[k]))),
+    );
+    return {
+      node,
+      inputs,
+      chosen: () => new Set(inputs.filter((input) => input.checked).map((input) => input.value)),
+    };
   }
 
   showPlan(plan) {
     this.plan = plan;
     this.others = model.plans.filter((other) => other !== plan);
-    const more = this.others.slice(0, 3).map((other) => ({ id: `in ${other.letter}`, title: `in ${other.letter}`, width: "100px", other }));
+    const more = this.others
+      .slice(0, 3)
+      .map((other) => ({
+        id: `in ${other.letter}`,
+        title: `in ${other.letter}`,
+        width: "100px",
+        other,
+      }));
     const at = COLUMNS.findIndex((column) => column.id === "placement") + 1;
     this.columns = [...COLUMNS.slice(0, at), ...more, ...COLUMNS.slice(at)];
     this.ranks = new Map();
@@ -69,12 +128,34 @@ class TensorTable {
 
   heads() {
     this.titles.style.gridTemplateColumns = this.template;
-    const sorted = (column) => (this.sorting.column !== column.id ? "none" : this.sorting.down ? "descending" : "ascending");
+    const sorted = (column) =>
+      this.sorting.column !== column.id ? "none" : this.sorting.down ? "descending" : "ascending";
     const mark = { none: "", ascending: " \u25b2", descending: " \u25bc" };
-    const focused = this.titles.contains(document.activeElement) ? document.activeElement.dataset.column : null;
-    this.titles.replaceChildren(...this.columns.map((column) => make("span", { role: "columnheader", class: column.number ? "number" : "", "aria-sort": sorted(column) },
-      make("button", { type: "button", "data-column": column.id, onclick: () => this.sort(column) }, column.title, mark[sorted(column)]))));
-    if (focused !== null) [...this.titles.querySelectorAll("button")].find((button) => button.dataset.column === focused)?.focus();
+    const focused = this.titles.contains(document.activeElement)
+      ? document.activeElement.dataset.column
+      : null;
+    this.titles.replaceChildren(
+      ...this.columns.map((column) =>
+        make(
+          "span",
+          {
+            role: "columnheader",
+            class: column.number ? "number" : "",
+            "aria-sort": sorted(column),
+          },
+          make(
+            "button",
+            { type: "button", "data-column": column.id, onclick: () => this.sort(column) },
+            column.title,
+            mark[sorted(column)],
+          ),
+        ),
+      ),
+    );
+    if (focused !== null)
+      [...this.titles.querySelectorAll("button")]
+        .find((button) => button.dataset.column === focused)
+        ?.focus();
   }
 
   // Numbers that sort as the column does, one per tensor.
@@ -90,11 +171,18 @@ class TensorTable {
   ranked(column) {
     const { columns, tables, numTensors } = this.plan;
     if (column.number) return Float64Array.from(columns[column.id], (value) => value ?? -1);
-    if (column.other) return Float64Array.from({ length: numTensors }, (_, tensor) => PLACES.indexOf(this.elsewhere(column.other, tensor)));
+    if (column.other)
+      return Float64Array.from({ length: numTensors }, (_, tensor) =>
+        PLACES.indexOf(this.elsewhere(column.other, tensor)),
+      );
     const table = tables[column.id];
-    const order = column.id === "placement" ? (a, b) => PLACES.indexOf(a) - PLACES.indexOf(b) : byName;
+    const order =
+      column.id === "placement" ? (a, b) => PLACES.indexOf(a) - PLACES.indexOf(b) : byName;
     const place = new Float64Array(table.length);
-    table.map((_, k) => k).sort((a, b) => order(table[a], table[b])).forEach((k, rank) => (place[k] = rank));
+    table
+      .map((_, k) => k)
+      .sort((a, b) => order(table[a], table[b]))
+      .forEach((k, rank) => (place[k] = rank));
     return Float64Array.from(columns[column.id], (k) => place[k]);
   }
 
@@ -112,7 +200,11 @@ class TensorTable {
     else this.sorting = { column: null, down: false };
     this.heads();
     this.refresh();
-    say(this.sorting.column ? `sorted by ${column.title}, ${this.sorting.down ? "descending" : "ascending"}` : "in the order of the plan");
+    say(
+      this.sorting.column
+        ? `sorted by ${column.title}, ${this.sorting.down ? "descending" : "ascending"}`
+        : "in the order of the plan",
+    );
   }
 
   refresh() {
@@ -124,13 +216,19 @@ class TensorTable {
     const placed = matching("placement", (place) => places.has(place));
     const classed = matching("class", (name) => classes.has(name));
     // Each word of the search is looked for in each table once, not in each tensor.
-    const hits = words.map((word) => ["name", "layer", "class", "shape", "dtype", "placement", "reason"].map((column) => [columns[column], matching(column, (text) => text.toLowerCase().includes(word))]));
+    const hits = words.map((word) =>
+      ["name", "layer", "class", "shape", "dtype", "placement", "reason"].map((column) => [
+        columns[column],
+        matching(column, (text) => text.toLowerCase().includes(word)),
+      ]),
+    );
     const kept = [];
     const only = this.only && new Set(this.only[1]);
     for (let tensor = 0; tensor < numTensors; tensor++) {
       if (only && !only.has(tensor)) continue;
       if (!placed[columns.placement[tensor]] || !classed[columns.class[tensor]]) continue;
-      if (hits.every((tablesHit) => tablesHit.some(([column, hit]) => hit[column[tensor]]))) kept.push(tensor);
+      if (hits.every((tablesHit) => tablesHit.some(([column, hit]) => hit[column[tensor]])))
+        kept.push(tensor);
     }
     const column = this.columns.find(({ id }) => id === this.sorting.column);
     if (column) {
@@ -159,7 +257,10 @@ class TensorTable {
 
   paint() {
     const from = Math.max(0, Math.floor(this.scroll.scrollTop / LINE) - 6);
-    const to = Math.min(this.shown.length, Math.ceil((this.scroll.scrollTop + this.scroll.clientHeight) / LINE) + 6);
+    const to = Math.min(
+      this.shown.length,
+      Math.ceil((this.scroll.scrollTop + this.scroll.clientHeight) / LINE) + 6,
+    );
     const item = selection.rowIn(this.plan);
     const chosen = new Set(item >= 0 ? this.plan.tensorsIn(item) : []);
     if (selection.plan === this.plan && selection.tensor >= 0) chosen.add(selection.tensor);
@@ -174,16 +275,20 @@ class TensorTable {
   line(position, chosen) {
     const tensor = this.shown[position];
     const on = chosen.has(tensor);
-    return make("div", {
-      class: `line data${on ? " on" : ""}${position === this.at ? " at" : ""}`,
-      id: `line-${position}`,
-      role: "row",
-      "aria-rowindex": position + 2,
-      "aria-selected": on ? "true" : "false",
-      "data-position": position,
-      "data-tensor": tensor,
-      style: { top: `${position * LINE}px`, gridTemplateColumns: this.template },
-    }, this.columns.map((column) => this.cell(column, tensor)));
+    return make(
+      "div",
+      {
+        class: `line data${on ? " on" : ""}${position === this.at ? " at" : ""}`,
+        id: `line-${position}`,
+        role: "row",
+        "aria-rowindex": position + 2,
+        "aria-selected": on ? "true" : "false",
+        "data-position": position,
+        "data-tensor": tensor,
+        style: { top: `${position * LINE}px`, gridTemplateColumns: this.template },
+      },
+      this.columns.map((column) => this.cell(column, tensor)),
+    );
   }
 
   cell(column, tensor) {
@@ -192,11 +297,21 @@ class TensorTable {
     if (column.other) {
       const place = this.elsewhere(column.other, tensor);
       const same = place === plan.word("placement", tensor);
-      return make("span", attributes, place === "" ? "not there" : same ? make("span", { class: "faint" }, "same") : placeWord(place));
+      return make(
+        "span",
+        attributes,
+        place === ""
+          ? "not there"
+          : same
+            ? make("span", { class: "faint" }, "same")
+            : placeWord(place),
+      );
     }
     const value = plan.columns[column.id][tensor];
-    if (column.id === "bytes") return make("span", { ...attributes, title: `${countText(value)} bytes` }, bytesText(value));
-    if (column.id === "recompute_s") return make("span", attributes, value === null ? "" : secondsText(value));
+    if (column.id === "bytes")
+      return make("span", { ...attributes, title: `${countText(value)} bytes` }, bytesText(value));
+    if (column.id === "recompute_s")
+      return make("span", attributes, value === null ? "" : secondsText(value));
     const text = plan.tables[column.id][value];
     if (column.id === "placement") return make("span", attributes, placeWord(text));
     return make("span", { ...attributes, title: text }, text);
@@ -205,7 +320,14 @@ class TensorTable {
   key(event) {
     if (event.target !== this.scroll) return;
     const page = Math.max(1, Math.floor(this.scroll.clientHeight / LINE) - 2);
-    const to = { ArrowDown: this.at + 1, ArrowUp: this.at - 1, PageDown: this.at + page, PageUp: this.at - page, Home: 0, End: this.shown.length - 1 }[event.key];
+    const to = {
+      ArrowDown: this.at + 1,
+      ArrowUp: this.at - 1,
+      PageDown: this.at + page,
+      PageUp: this.at - page,
+      Home: 0,
+      End: this.shown.length - 1,
+    }[event.key];
     if (to !== undefined) this.go(to);
     else if (event.key === "Enter" || event.key === " ") this.choose(this.at);
     else if (event.key === "Escape") selection.clear();

@@ -19,12 +19,20 @@ function laneName(lane) {
 // A bucket is named after its stage and its first parameter, which usually names the stage too.
 function shortName([kind, , name]) {
   const colon = kind === "bucket" ? name.indexOf(":") : -1;
-  return colon > 0 && name.slice(colon + 1).startsWith(name.slice(0, colon)) ? name.slice(colon + 1) : name;
+  return colon > 0 && name.slice(colon + 1).startsWith(name.slice(0, colon))
+    ? name.slice(colon + 1)
+    : name;
 }
 
 function bytesText(bytes) {
   const size = Math.abs(bytes);
-  for (const [scale, unit] of [[1e15, "PB"], [1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
+  for (const [scale, unit] of [
+    [1e15, "PB"],
+    [1e12, "TB"],
+    [1e9, "GB"],
+    [1e6, "MB"],
+    [1e3, "kB"],
+  ]) {
     if (size >= scale * 0.99995) return `${(bytes / scale).toFixed(1)} ${unit}`;
   }
   return `${bytes} B`;
@@ -33,7 +41,11 @@ function bytesText(bytes) {
 function secondsText(seconds) {
   const size = Math.abs(seconds);
   if (size === 0) return "0 s";
-  for (const [scale, unit] of [[1, "s"], [1e-3, "ms"], [1e-6, "us"]]) {
+  for (const [scale, unit] of [
+    [1, "s"],
+    [1e-3, "ms"],
+    [1e-6, "us"],
+  ]) {
     if (size >= scale * 0.9995) {
       const value = seconds / scale;
       return `${value.toFixed(Math.abs(value) >= 99.95 ? 1 : Math.abs(value) >= 9.995 ? 2 : 3)} ${unit}`;
@@ -67,7 +79,11 @@ function changeText(before, now) {
 }
 
 function parametersText(count) {
-  for (const [scale, word] of [[1e12, "trillion"], [1e9, "billion"], [1e6, "million"]]) {
+  for (const [scale, word] of [
+    [1e12, "trillion"],
+    [1e9, "billion"],
+    [1e6, "million"],
+  ]) {
     if (count >= scale) return `${(count / scale).toPrecision(3)} ${word}`;
   }
   return countText(count);
