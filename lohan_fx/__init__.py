@@ -28,6 +28,7 @@ _PUBLIC = {
     "Explanation": "explanation",
     "compile": "api",
     "explain": "explanation",
+    "live": "liveline",
     "load": "checkpoint",
     "make_plan": "api",
     "save": "checkpoint",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
         TransferError,
     )
     from .explanation import Explanation, explain
+    from .liveline import live
     from .optim import Adam, AdamW
     from .plan import Plan
     from .scaling import GradScaler

@@ -21,7 +21,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -74,6 +74,7 @@ from .planner import (
     validate,
 )
 from .program import Bucket, BucketPlacement, Names, ParamSpec, Tier
+from .progress import progress_of_phase
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
 from .runtime.buckets import stored_pieces
 from .runtime.recorder import Recorder
@@ -84,6 +85,15 @@ from .units import format_bytes
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
 CUDA_MARGIN_BYTES = 160 * 2**20
 CUDA_MARGIN_SHARE = 50
+
+# What a terminal shows of the work before steps can run; the rest has bars of its own, or is short.
+_PHASES = {
+    "plan": "Planning",
+    "split": "Splitting the graph",
+    "lower forward": "Compiling the forward",
+    "lower backward": "Compiling the backward",
+    "place again": "Placing anew",
+}
 
 Step = Callable[..., Any]
 Policy = str | Callable[[Problem, Forced], Solution]
@@ -510,10 +520,12 @@ class Session:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add what the block takes to `seconds`."""
+        """Add what the block takes to `seconds`, and show what goes on if it is one of `_PHASES`."""
         start = time.perf_counter()
+        words = _PHASES.get(what)
         try:
-            yield
+            with nullcontext() if words is None else progress_of_phase(words):
+                yield
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from loops import compiled
 from peft import LoraConfig, get_peft_model
+from terminals import terminal
 from torch import nn
 from torch.utils.data import Dataset
 from training import RandomPolicy, llama
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import lohan_fx
 from lohan_fx.errors import LohanError
 from lohan_fx.integrations.transformers import LohanTrainer
+from lohan_fx.liveline import LiveLine
 
 PLACES: dict[str, tuple[str, Any]] = {
     "gpu": ("gpu=1GB, dram=1GB", "greedy"),
@@ -259,3 +261,36 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LohanError, match=r"holds a SGD; give lohan_fx\.AdamW"):
         trainer.train()
     model.close()
+
+
+def test_a_terminal_may_show_a_live_line_in_place_of_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = terminal(monkeypatch)
+    # Every step is late enough to change it.
+    monkeypatch.setattr("lohan_fx.liveline._PERIOD_S", 0.0)
+    (tmp_path / "ssd").mkdir()
+    trainer = LohanTrainer(
+        model=llama(1),
+        args=arguments(tmp_path, disable_tqdm=False, max_steps=3, logging_strategy="no"),
+        train_dataset=Sentences(6),
+        budget=f"gpu=1GB, dram=1GB, ssd={tmp_path / 'ssd'}:1GB",
+        compile_options={"lowering": "aten"},
+        live=True,
+    )
+    lines: list[str] = []
+    monkeypatch.setattr(LiveLine, "_words", said(lines))
+    trainer.train()
+    assert len(lines) == 2 and "loss " in lines[-1] and "tokens/s" in lines[-1]
+    assert trainer._line is None and "it/s" not in shown.getvalue()
+
+
+def said(lines: list[str]) -> Any:
+    """LiveLine._words, which notes what it says."""
+    words = LiveLine._words
+
+    def noting(self: LiveLine, *args: Any) -> str:
+        lines.append(words(self, *args))
+        return lines[-1]
+
+    return noting

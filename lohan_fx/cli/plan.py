@@ -32,6 +32,7 @@ from lohan_fx.hardware import load as load_hardware
 from lohan_fx.pins import check_pins, parse_pin
 from lohan_fx.plan import Plan, build_unfit_plan
 from lohan_fx.planner import DEFAULT_POLICY, SOLVERS, NothingFits, Overlap, check_policy
+from lohan_fx.progress import progress_of_phase
 from lohan_fx.repetition import repeated_step
 from lohan_fx.report import in_words, show, tables_of
 from lohan_fx.step import TracedStep
@@ -246,7 +247,9 @@ def _one_plan(question: _Question) -> int:
     args = question.args
     if args.dump is None and args.html is None and not args.json:
         step = question.trace(args.batch, args.seq)
-        show(tables_of(step.plan(args.policy, question.pins), question.notes))
+        with progress_of_phase(f"Planning {step.model}"):
+            plan = step.plan(args.policy, question.pins)
+        show(tables_of(plan, question.notes))
         return FITS
     # What others may read or replay has a schedule, for which the graphs have to be rewritten.
     given = resolve_model(args.model, batch=args.batch, seq=args.seq)
@@ -336,7 +339,7 @@ class _Question:
         from lohan_fx import api
 
         dtype = _torch_dtype(self.args.dtype)
-        with _named_errors(given):
+        with _named_errors(given), progress_of_phase(f"Tracing {given.name}"):
             plan = api.make_plan(
                 given.model,
                 self.budget,
@@ -374,7 +377,7 @@ class _Question:
         from lohan_fx import api
 
         dtype = _torch_dtype(self.args.dtype)
-        with _named_errors(given):
+        with _named_errors(given), progress_of_phase(f"Tracing {given.name}"):
             step = api.trace_step(
                 given.model,
                 self.budget,

@@ -8,13 +8,14 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from lohan_fx.budget import Machine
 from lohan_fx.errors import LohanError
 from lohan_fx.hardware import Hardware, default_file
+from lohan_fx.progress import progress_of_phase
 
 OK, USER_ERROR = 0, 1
 
@@ -77,12 +78,12 @@ def _run(args: argparse.Namespace) -> int:
     device = torch.device("cpu")
     if kind == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    with _progress() as report:
+    with progress_of_phase("measuring") as say:
         found = measure_machine(
             device,
             () if args.no_ssd else (args.ssd or _default_dirs()),
             QUICK if args.quick else FULL,
-            report,
+            lambda words: say(f"measuring {words}"),
         )
     _write(out, found)
     print(as_text(found))
@@ -118,19 +119,6 @@ def _write(path: Path, found: Hardware) -> None:
         os.replace(file.name, path)
     except OSError as exc:
         raise LohanError(f"{path} cannot be written ({exc.strerror})") from exc
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """What is measured, on a terminal; nothing where stderr is piped."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("starting") as status:
-        yield lambda words: status.update(f"measuring {words}")
 
 
 # (words, field or key of details, unit); rates are shown in units of 1e9.

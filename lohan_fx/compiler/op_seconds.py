@@ -23,6 +23,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lohan_fx.hardware import cache_dir
+from lohan_fx.progress import progress_of_pieces
 from lohan_fx.runtime.timing import seconds_per_call
 
 from .stages import flop_formula, node_bytes
@@ -72,12 +73,19 @@ class OpSeconds:
         start = time.perf_counter()
         warm_s, found = self._warm_s, 0
         # Capturing runs under fake tensors; these are real.
-        with _disable_current_modes(), torch.no_grad(), _own_random_numbers(self._device):
+        bar = progress_of_pieces("Measuring ops", len(missing))
+        with (
+            _disable_current_modes(),
+            torch.no_grad(),
+            _own_random_numbers(self._device),
+            bar as advance,
+        ):
             # The largest first: it warms the device, and matters most where time runs out.
             for key, node in sorted(missing.items(), key=lambda item: -node_bytes(item[1])):
                 if time.perf_counter() - start > self._limit_s:
                     log.info("%s: out of time to measure it; taken from the roofline", node.name)
                     continue
+                advance(node.name)
                 seconds = self._time(node, warm_s)
                 if seconds is not None:
                     self._known[key] = seconds

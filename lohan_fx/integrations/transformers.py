@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import get_parameter_names
 
 from lohan_fx.api import CompiledModel, compile
@@ -27,6 +28,8 @@ from lohan_fx.budget import Budget
 from lohan_fx.checkpoint import load, save
 from lohan_fx.checkpoint.manifest import MANIFEST, Manifest
 from lohan_fx.errors import LohanError, TrainingLoopError
+from lohan_fx.liveline import LiveLine
+from lohan_fx.liveline import live as live_line
 from lohan_fx.optim import Adam, AdamW
 
 # TrainingArguments.optim whose update is lohan_fx.AdamW's.
@@ -53,6 +56,7 @@ class LohanMixin:
         model: a model, or one that `lohan_fx.compile` has had already (then without `budget`).
         budget: as in `lohan_fx.compile`.
         compile_options: further keyword arguments of `lohan_fx.compile`.
+        live: on a terminal, the line of `lohan_fx.live` in place of the Trainer's bar.
 
     Raises:
         LohanError: an argument asks for what cannot be had under a budget; names it.
@@ -68,6 +72,7 @@ class LohanMixin:
     processing_class: Any
     data_collator: Any
     _with_state = False  # whether _save writes the optimizer's state
+    _line: LiveLine | None = None  # while training
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class LohanMixin:
         *arguments: Any,
         budget: str | int | Budget | None = None,
         compile_options: Mapping[str, Any] | None = None,
+        live: bool = False,
         **keywords: Any,
     ) -> None:
         if model is None:
@@ -88,6 +94,9 @@ class LohanMixin:
             args = TrainingArguments(output_dir="tmp_trainer")
         _check_arguments(args)
         super().__init__(model, args, *arguments, **keywords)  # type: ignore[call-arg]
+        self._live = live
+        if live:
+            self.remove_callback(ProgressCallback)  # type: ignore[attr-defined]
         if budget is not None:
             options = {"device": args.device, **(compile_options or {})}
             if args.bf16:
@@ -95,6 +104,16 @@ class LohanMixin:
             compile(model, budget, **options)
         # What accelerate leaves as it is: neither moved, nor wrapped, nor under autocast.
         object.__setattr__(model, "_is_accelerate_prepared", True)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer."""
+        if not self._live:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        with live_line(self.model) as self._line:
+            try:
+                return super().train(*args, **kwargs)  # type: ignore[misc]
+            finally:
+                self._line = None
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
         """The plan says where the model's tensors are."""
@@ -145,6 +164,8 @@ class LohanMixin:
         last = self.accelerator.gradient_state.sync_gradients
         with contextlib.nullcontext() if last else model.no_sync():
             loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if self._line is not None:
+            self._line.update(loss)
         return loss
 
     def _prepare_input(self, data: Any) -> Any:
