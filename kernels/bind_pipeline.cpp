@@ -57,7 +57,7 @@ AdamJob make_job(std::string name, std::size_t numel, std::uintptr_t grad,
                  const PlaceArg& exp_avg_sq, std::uintptr_t out, const std::optional<Extent>& out_extent,
                  const std::optional<std::string>& out_dtype,
                  std::vector<std::uintptr_t> ready_events, std::uintptr_t accum,
-                 const std::vector<std::string>& adds, std::uintptr_t magnitudes) {
+                 const std::vector<std::string>& adds, std::uintptr_t magnitudes, std::int64_t rank) {
   AdamJob job;
   job.name = std::move(name);
   job.numel = numel;
@@ -77,6 +77,7 @@ AdamJob make_job(std::string name, std::size_t numel, std::uintptr_t grad,
   if (out_extent) std::tie(job.out.extent, job.out.offset) = *out_extent;
   job.out_dtype = out_dtype_of(out_dtype);
   job.ready_events = std::move(ready_events);
+  job.rank = rank;
   return job;
 }
 
@@ -132,13 +133,16 @@ before the gradient is read and any weight is written.
 With `accum`, a host pointer to numel fp32 sums, each segment's gradient first goes into them as its entry
 of adds says ("keep", "set", "add"), and the update is made from the sums; with no groups there is none.
 `magnitudes` points to two doubles a segment, which receive its sums' sum of squares and largest
-magnitude.)")
+magnitude.
+
+Of the jobs that can be updated, that of the lowest rank comes first.)")
       .def(py::init(&make_job), py::kw_only(), py::arg("name"), py::arg("numel"), py::arg("grad"),
            py::arg("grad_dtype"), py::arg("segments"), py::arg("groups"), py::arg("master"),
            py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("out") = 0,
            py::arg("out_extent") = py::none(), py::arg("out_dtype") = py::none(),
            py::arg("ready_events") = std::vector<std::uintptr_t>{}, py::arg("accum") = 0,
-           py::arg("adds") = std::vector<std::string>{}, py::arg("magnitudes") = 0)
+           py::arg("adds") = std::vector<std::string>{}, py::arg("magnitudes") = 0,
+           py::arg("rank") = 0)
       .def_readonly("name", &AdamJob::name)
       .def_readonly("numel", &AdamJob::numel)
       .def_property_readonly("buffer_bytes", &AdamPipeline::buffer_bytes,
@@ -184,6 +188,14 @@ bytes), 4096-byte aligned, owned by the caller and alive as long as the pipeline
              self.wait_weights(ticket, timeout_s, let_python_in);
            },
            py::arg("ticket"), py::arg("timeout_s"), Release(), "Like wait, for weights_ready.")
+      .def("wait_any_weights",
+           [](const AdamPipeline& self, const std::vector<Ticket>& tickets, double timeout_s) {
+             self.wait_any_weights(tickets, timeout_s, let_python_in);
+           },
+           py::arg("tickets"), py::arg("timeout_s"), Release(),
+           "Waits until weights_ready of one of them. TransferError after timeout_s only.")
+      .def_property_readonly("progress", &AdamPipeline::progress,
+                             "Grows whenever a job's weights are ready and whenever it is done.")
       .def("drain",
            [](const AdamPipeline& self, double timeout_s) { self.drain(timeout_s, let_python_in); },
            py::arg("timeout_s"), Release(),

@@ -7,6 +7,7 @@
 #include <exception>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "cuda_driver.h"
 #include "native_thread.h"
@@ -325,7 +326,8 @@ void AdamPipeline::changed() {
 bool AdamPipeline::conflicts(const Task& task) const {
   for (const TaskPtr& earlier : tasks_) {
     if (earlier.get() == &task) return false;
-    if (earlier->job.name == task.job.name || share_bytes(earlier->job, task.job)) return true;
+    if (earlier->job.name == task.job.name) return true;
+    if (earlier->writes && task.writes && share_bytes(earlier->job, task.job)) return true;
   }
   return false;
 }
@@ -369,6 +371,7 @@ void AdamPipeline::finish(const TaskPtr& task) {
     failures_.emplace(task->ticket, *task->failure);
   else
     ++stats_.jobs;
+  ++progress_;
   std::erase(tasks_, task);
   start_reads();
   changed();
@@ -466,56 +469,70 @@ void AdamPipeline::update(Task& task) {
   }
 }
 
+// Are the events of a job with its state in memory complete? Lets go of `lock` to ask.
+bool AdamPipeline::has_arrived(const TaskPtr& task, bool& polling, std::unique_lock<std::mutex>& lock) {
+  if (task->events_done) return true;
+  lock.unlock();
+  const bool arrived = poll_events(*task);
+  lock.lock();
+  polling |= !arrived;
+  task->events_done = arrived;
+  return arrived;
+}
+
+// See [Note: whose turn it is]. Null where nothing can be updated, or where what there is has changed
+// meanwhile; `polling` where events must be asked again.
+AdamPipeline::TaskPtr AdamPipeline::next_update(const std::vector<TaskPtr>& waiting, bool& polling,
+                                                std::unique_lock<std::mutex>& lock) {
+  const bool naive = options_.mode == PipelineMode::naive;
+  bool buffered_seen = false, late = false;
+  std::vector<TaskPtr> arrived;
+  for (const TaskPtr& task : waiting) {
+    const bool asks_first = naive && task->stage == Stage::queued;
+    if (task->needs_buffer) {
+      if (std::exchange(buffered_seen, true)) continue;
+    } else if (late) {
+      continue;
+    }
+    if (task->stage != Stage::ready && !asks_first) continue;
+    if (!has_arrived(task, polling, lock)) {
+      late |= !task->needs_buffer;
+      continue;
+    }
+    if (task->failure) {
+      finish(task);
+      return nullptr;
+    }
+    if (asks_first) {
+      start_reads();
+      changed();
+    } else if (!task->needs_buffer) {
+      arrived.push_back(task);
+    } else if (!conflicts(*task)) {
+      return task;
+    }
+  }
+  std::stable_sort(arrived.begin(), arrived.end(), [](const TaskPtr& a, const TaskPtr& b) {
+    return a->job.rank < b->job.rank;
+  });
+  for (const TaskPtr& task : arrived)
+    if (!conflicts(*task)) return task;
+  return nullptr;
+}
+
 void AdamPipeline::adam_loop() {
   constexpr std::chrono::microseconds kShortestPoll{20}, kLongestPoll{500};
   auto poll = kShortestPoll;
   std::unique_lock lock(mutex_);
   while (!stopping_) {
-    // Whose turn it is: the first job not yet updated, else the first one that needs no disk.
-    std::vector<TaskPtr> candidates;
+    std::vector<TaskPtr> waiting;  // not yet updated; naive: the one that comes next
     for (const TaskPtr& task : tasks_) {
-      if (task->stage >= Stage::updating) {
-        if (options_.mode == PipelineMode::naive) break;
-        continue;
-      }
-      if (candidates.empty()) {
-        candidates.push_back(task);
-        if (options_.mode == PipelineMode::naive) break;
-      } else if (!task->needs_buffer) {
-        candidates.push_back(task);
-        break;
-      }
+      if (task->stage < Stage::updating) waiting.push_back(task);
+      if (options_.mode == PipelineMode::naive) break;
     }
-
-    TaskPtr next;
     bool polling = false;
     const std::uint64_t seen = changes_;
-    for (const TaskPtr& task : candidates) {
-      const bool asks_first = options_.mode == PipelineMode::naive && task->stage == Stage::queued;
-      if ((task->stage != Stage::ready && !asks_first) || conflicts(*task)) continue;
-      if (!task->events_done) {
-        lock.unlock();
-        const bool arrived = poll_events(*task);
-        lock.lock();
-        if (!arrived) {
-          polling = true;
-          continue;
-        }
-        task->events_done = true;
-        if (task->failure) {
-          finish(task);
-          break;
-        }
-        if (asks_first) {
-          start_reads();
-          changed();
-        }
-      }
-      if (task->stage == Stage::ready) {
-        next = task;
-        break;
-      }
-    }
+    const TaskPtr next = next_update(waiting, polling, lock);
 
     if (next != nullptr && !stopping_) {
       poll = kShortestPoll;
@@ -531,6 +548,7 @@ void AdamPipeline::adam_loop() {
       record(*next, "cpu_adam", start_s, end_s);
       if (next->writes) {
         next->stage = Stage::writing;
+        ++progress_;
         writing_.push_back(next);
         changed();
       } else {
@@ -541,8 +559,8 @@ void AdamPipeline::adam_loop() {
 
     if (changes_ != seen) continue;
     double* idle_s = nullptr;
-    if (!candidates.empty()) {
-      const Task& first = *candidates.front();
+    if (!waiting.empty()) {
+      const Task& first = *waiting.front();
       if (!first.events_done && (first.stage == Stage::ready || polling))
         idle_s = &stats_.event_wait_s;
       if (first.stage == Stage::reading || (first.stage == Stage::queued && first.events_done))
@@ -649,6 +667,29 @@ void AdamPipeline::wait_for(Ticket ticket, bool weights_only, double timeout_s,
   wait_until(reached, missed, timeout_s, between, lock);
   const auto failure = failures_.find(ticket);
   if (failure != failures_.end()) throw TransferError(failure->second);
+}
+
+std::uint64_t AdamPipeline::progress() const {
+  const std::lock_guard lock(mutex_);
+  return progress_;
+}
+
+void AdamPipeline::wait_any_weights(const std::vector<Ticket>& tickets, double timeout_s,
+                                    const std::function<void()>& between) const {
+  if (tickets.empty()) throw std::invalid_argument("no optimizer job to wait for");
+  std::unique_lock lock(mutex_);
+  const auto reached = [&] {
+    return std::any_of(tickets.begin(), tickets.end(), [&](Ticket ticket) {
+      const Task* const task = find(ticket);
+      return task == nullptr || task->stage >= Stage::writing;
+    });
+  };
+  const auto missed = [&] {
+    const Task& task = *find(tickets.front());
+    return "none of " + std::to_string(tickets.size()) + " optimizer jobs is done, the first of them '" +
+           task.job.name + "' (" + task.doing() + ")";
+  };
+  wait_until(reached, missed, timeout_s, between, lock);
 }
 
 void AdamPipeline::wait(Ticket ticket, double timeout_s, const std::function<void()>& between) const {

@@ -6,6 +6,14 @@
 // this job's write, and that write runs beside the next job's update; two buffers are enough for the
 // overlap. Naive: one job is read, updated and written before anything of the next one starts. The
 // numbers are the same; only the time differs.
+//
+// [Note: whose turn it is]
+// Naive: the job submitted first. Optimized: the first job that passes through a state buffer, as soon as
+// it can be updated, since the next read waits for its buffer. Else, of the jobs whose gradients have
+// arrived, that of the lowest rank. A backward ends with the layers that the next forward begins with:
+// ranked by their first use, they are updated at once, and what is left over when the backward ends
+// is updated beside the next forward instead of before it. Gradients arrive in the order of submission, so
+// the search ends at the first that has not.
 #pragma once
 
 #include <condition_variable>
@@ -66,6 +74,7 @@ struct AdamJob {
   Dtype out_dtype = Dtype::none;
   // CUevents that must be complete before the gradient is read and any weight is written.
   std::vector<std::uintptr_t> ready_events;
+  std::int64_t rank = 0;  // see [Note: whose turn it is]
 
   bool updates() const { return accum == nullptr || !groups.empty(); }
 };
@@ -96,8 +105,8 @@ struct PipelineStats {
   std::uint64_t jobs = 0;    // finished, the failed ones left out
 };
 
-// Thread-safe. Jobs are updated in the order they were submitted, except that one with everything in
-// DRAM does not wait for another's read. Two jobs with the same name, or that share bytes on SSD, never
+// Thread-safe. Jobs are updated in the order of [Note: whose turn it is]; of one rank, in the order they
+// were submitted. Two jobs with the same name, or that share bytes on SSD, keep their order and never
 // overlap in time.
 class AdamPipeline {
  public:
@@ -129,10 +138,16 @@ class AdamPipeline {
   // The new weights are in host memory; the write-back may still be under way.
   bool weights_ready(Ticket ticket) const;
 
+  // Grows whenever new weights are in host memory and whenever a job is done.
+  std::uint64_t progress() const;
+
   // Throw TransferError, naming the job, if it failed or is not there after timeout_s seconds.
   // `between` is called several times a second meanwhile and may throw.
   void wait(Ticket ticket, double timeout_s, const std::function<void()>& between = {}) const;
   void wait_weights(Ticket ticket, double timeout_s, const std::function<void()>& between = {}) const;
+  // Until the new weights of one of them are in host memory, or it has failed. Throws for the deadline only.
+  void wait_any_weights(const std::vector<Ticket>& tickets, double timeout_s,
+                        const std::function<void()>& between = {}) const;
   // Waits for all jobs. Once a job has failed every drain throws: state may be lost.
   void drain(double timeout_s, const std::function<void()>& between = {}) const;
 
@@ -160,6 +175,9 @@ class AdamPipeline {
   void record(const Task& task, const char* lane, double start_s, double end_s);
 
   bool poll_events(Task& task);
+  bool has_arrived(const TaskPtr& task, bool& polling, std::unique_lock<std::mutex>& lock);
+  TaskPtr next_update(const std::vector<TaskPtr>& waiting, bool& polling,
+                      std::unique_lock<std::mutex>& lock);
   void update(Task& task);
   void wait_all(Task& task);
   void validate(const AdamJob& job) const;
@@ -176,6 +194,7 @@ class AdamPipeline {
   mutable std::mutex mutex_;
   mutable std::condition_variable change_;
   std::uint64_t changes_ = 0;
+  std::uint64_t progress_ = 0;
   std::deque<TaskPtr> tasks_;    // all that are not done, in ticket order
   std::deque<TaskPtr> reading_;  // in the order their reads were issued
   std::deque<TaskPtr> writing_;  // updated, in order

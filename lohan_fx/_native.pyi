@@ -238,6 +238,8 @@ class AdamJob:
     entry of `adds` says ("keep", "set", "add"; none at all: keep), and the update is made from the sums.
     With no groups there is no update, and no place for state is needed (0). `magnitudes` points to two
     doubles for each segment: its sums' sum of squares, and their largest magnitude (NaN counts as it).
+
+    Of the jobs that can be updated, that of the lowest rank comes first.
     """
 
     def __init__(
@@ -259,6 +261,7 @@ class AdamJob:
         accum: int = 0,
         adds: Sequence[str] = (),
         magnitudes: int = 0,
+        rank: int = 0,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -272,11 +275,11 @@ class AdamPipeline:
     """Runs optimizer jobs one after another on threads of its own.
 
     mode "optimized" reads the next job's state from SSD and writes the last one's back beside the
-    update of this one, "naive" does one thing after another; the numbers are the same. Jobs are
-    updated in the order they were submitted, except that one with everything in DRAM does not wait for
-    another's read. state_buffers are (pointer, bytes), 4096-byte aligned, owned by the caller; two or
-    three of the largest job's buffer_bytes let reads, updates and writes overlap. timeout_s bounds one
-    job's read, its write and the wait for its events.
+    update of this one, "naive" does one thing after another; the numbers are the same. Of the
+    jobs that can be updated, one that passes through a state buffer comes first, else that of the lowest
+    rank, else that submitted first. state_buffers are (pointer, bytes), 4096-byte aligned, owned by
+    the caller; two or three of the largest job's buffer_bytes let reads, updates and writes overlap.
+    timeout_s bounds one job's read, its write and the wait for its events.
     """
 
     def __init__(
@@ -310,6 +313,13 @@ class AdamPipeline:
 
     def wait_weights(self, ticket: int, timeout_s: float) -> None:
         """Like wait, for weights_ready."""
+
+    def wait_any_weights(self, tickets: Sequence[int], timeout_s: float) -> None:
+        """Waits until weights_ready of one of them; a failed one counts. TransferError after timeout_s."""
+
+    @property
+    def progress(self) -> int:
+        """Grows whenever a job's weights are ready and whenever it is done."""
 
     def drain(self, timeout_s: float) -> None:
         """Waits for all jobs. Once one has failed, every drain raises its TransferError."""

@@ -58,14 +58,11 @@ class Pipeline:
         # Not yet updated, apart by whether they pass through a state buffer.
         self._buffered: deque[Task] = deque()
         self._plain: deque[Task] = deque()
-        self._order: dict[int, int] = {}
-        self._submitted = 0
+        self.progress = 0  # updates made and tasks done
         self._writing: deque[Task] = deque()
         self._write: Job | None = None
 
     def submit(self, task: Task) -> None:
-        self._submitted += 1
-        self._order[id(task)] = self._submitted
         self._tasks.append(task)
         self._of_bucket.setdefault(task.bucket, deque()).append(task)
         if task.needs_buffer:
@@ -113,7 +110,7 @@ class Pipeline:
         return Lane.CPU_ADAM
 
     def _next(self) -> Task | None:
-        """The first task not yet updated if it can start, else the first that needs no disk."""
+        """See [Note: whose turn it is] in kernels/pipeline.cpp."""
         if self._naive:
             front = self._tasks[0] if self._tasks else None
             if front is None or front.stage >= Stage.UPDATING or not front.has_events():
@@ -121,15 +118,19 @@ class Pipeline:
             if front.stage is Stage.QUEUED:
                 self._start_reads()
             return front if front.stage is Stage.READY else None
-        candidates = [queue[0] for queue in (self._buffered, self._plain) if queue]
-        candidates.sort(key=lambda task: self._order[id(task)])
-        if candidates and not candidates[0].needs_buffer:
-            candidates = [self._plain[k] for k in range(min(2, len(self._plain)))]
-        for task in candidates:
-            first = self._of_bucket[task.bucket][0] is task
-            if task.stage is Stage.READY and first and task.has_events():
-                return task
-        return None
+        if self._buffered and self._may_update(self._buffered[0]):
+            return self._buffered[0]
+        ready = []
+        for task in self._plain:
+            if not task.has_events():
+                break
+            ready.append(task)
+        ready.sort(key=lambda task: task.bucket)
+        return next(filter(self._may_update, ready), None)
+
+    def _may_update(self, task: Task) -> bool:
+        first = self._of_bucket[task.bucket][0] is task
+        return task.stage is Stage.READY and first and task.has_events()
 
     def _start_reads(self) -> None:
         while self._queued:
@@ -156,6 +157,7 @@ class Pipeline:
         task.stage = Stage.READY
 
     def _updated(self, task: Task) -> None:
+        self.progress += 1
         if not task.write_bytes:
             self._finish(task)
             return
@@ -186,7 +188,7 @@ class Pipeline:
         task.stage = Stage.DONE
         if task.needs_buffer:
             self._buffers += 1
-        del self._order[id(task)]
+        self.progress += 1
         self._tasks.remove(task)
         self._of_bucket[task.bucket].remove(task)
         self._start_reads()

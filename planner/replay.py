@@ -215,6 +215,7 @@ class Replay:
         self._window: deque[tuple[Job, int]] = deque()
         self._window_bytes = 0
         self._jobs: deque[Task] = deque()
+        self._progressed = 0  # of the pipeline's progress, what has been seen
         self._pipeline = Pipeline(
             self.fluid, self._disk, windows.state_buffers, naive=self._overlap is Overlap.NAIVE
         )
@@ -442,11 +443,9 @@ class Replay:
 
     def _pump(self) -> None:
         """What the runtime does whenever the host passes by."""
-        jobs = self._jobs
-        if jobs and self._weights_ready(jobs[0]):
-            for task in list(jobs):
-                if not self._weights_ready(task):
-                    break
+        if self._jobs and self._progressed != self._pipeline.progress:
+            self._progressed = self._pipeline.progress
+            for task in filter(self._weights_ready, list(self._jobs)):
                 self._progress(task)
         self._pump_slots()
         self._pump_inbound()
@@ -707,14 +706,14 @@ class Replay:
             return
         self._pump()
         while not self._ring:
-            oldest = next((t for t in self._jobs if self._records[t.bucket].task is t), None)
-            if oldest is None:
+            holders = [t for t in self._jobs if self._records[t.bucket].task is t]
+            if not holders:
                 raise LohanError(
                     f"no gradient buffer for {record.bucket.name!r}: all "
                     f"{self._windows.grad_buffers} are being filled"
                 )
-            yield self._until_weights(oldest)
-            self._progress(oldest)
+            yield self._until_any_weights(holders)
+            self._pump()
         record.buffer = self._ring.popleft()
 
     def _release(self, bucket: int, item: _Incoming | None) -> None:
@@ -790,6 +789,14 @@ class Replay:
             lambda: self._weights_ready(task),
             lambda: self._cause_of_task(task),
             Item("bucket", task.bucket),
+        )
+
+    def _until_any_weights(self, tasks: Sequence[Task]) -> Wanted:
+        oldest = tasks[0]
+        return Wanted(
+            lambda: any(map(self._weights_ready, tasks)),
+            lambda: self._cause_of_task(oldest),
+            Item("bucket", oldest.bucket),
         )
 
     def _until_done(self, task: Task) -> Wanted:

@@ -554,9 +554,43 @@ def scenario_event_that_never_comes() -> None:
         assert not flags.any()
 
 
+def scenario_rank() -> None:
+    flags, (soon, never) = make_events(2)
+    buckets = [Bucket(f"rank {rank}", 1000) for rank in range(5)]
+    for bucket in buckets:
+        bucket.update_plainly(1)
+    with running() as pipeline:
+        # Rank 4 is free and goes at once; 0 and what was submitted after it must wait.
+        first = pipeline.submit(buckets[4].job(1, rank=4))
+        pipeline.wait(first, TIMEOUT_S)
+        seen = pipeline.progress
+        tickets = [pipeline.submit(buckets[r].job(1, rank=r, ready_events=[soon])) for r in (3, 1, 2)]
+        last = pipeline.submit(buckets[0].job(1, rank=0, ready_events=[never]))
+        with pytest.raises(TransferError, match=r"none of 4 .*'rank 3'.*its gradient.* 0\.05 s"):
+            pipeline.wait_any_weights([*tickets, last], 0.05)
+        assert pipeline.progress == seen
+        flags[0] = 1
+        pipeline.wait_any_weights([last, tickets[1]], TIMEOUT_S)
+        for ticket in tickets:
+            pipeline.wait(ticket, TIMEOUT_S)
+        assert pipeline.progress == seen + 3
+        assert not pipeline.done(last)
+        flags[1] = 1
+        pipeline.drain(TIMEOUT_S)
+        order = [name for name, *_ in pipeline.take_trace()]
+    assert order == ["rank 4", "rank 1", "rank 2", "rank 3", "rank 0"]
+    for bucket in buckets:
+        bucket.check()
+
+
 @pytest.mark.parametrize(
     "scenario",
-    ["scenario_waits_for_events", "scenario_failed_event", "scenario_event_that_never_comes"],
+    [
+        "scenario_waits_for_events",
+        "scenario_failed_event",
+        "scenario_event_that_never_comes",
+        "scenario_rank",
+    ],
 )
 def test_cuda_events_hold_an_update_back(scenario: str, tmp_path: Path) -> None:
     run_with_fake_driver(scenario, tmp_path)

@@ -242,12 +242,14 @@ def test_a_backward_waits_for_a_gradient_buffer() -> None:
     rates = lanes(h2d_bytes_per_s=1e15, d2h_bytes_per_s=1e15, cpu_adam_params_per_s=MIB / 10)
     question = problem(4, tuple(bucket(i, i) for i in range(4)), rates=rates)
     short, long = (simulate(question, [DRAM] * 4, [], wide(grad_buffers=n)) for n in (2, 10))
-    # With buffers to spare the backward is its compute; the forward then waits for bucket 0.
+    # With buffers to spare the backward is its compute. Update 3 ends at 12 s; update 0 comes next, since
+    # the forward begins with it, and the forward follows 1 and 2, from 22 to 42 s.
     assert long.backward_s == pytest.approx(8.0)
+    assert long.step_s == pytest.approx(42 + 2)
     # Gradient 1 (the third) is made at 6 s, and waits for update 3, from 2 s to 12 s; gradient 0
-    # for update 2, to 22 s.
+    # for update 2, to 22 s, when update 1 begins; 0 is the last.
     assert short.backward_s == pytest.approx(2 + 10 + 10)
-    assert short.step_s == pytest.approx(long.step_s)
+    assert short.step_s == pytest.approx(42 + 4)
 
 
 def test_gradients_on_the_gpu_are_limited_by_their_window() -> None:

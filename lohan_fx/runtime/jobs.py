@@ -1,4 +1,7 @@
-"""The CPU's work on one bucket, as the native pipeline takes it: update it, or add its gradients up."""
+"""The CPU's work on one bucket, as the native pipeline takes it: update it, or add its gradients up.
+
+Jobs are ranked by their bucket's index: buckets are in the order in which the forward reads them first.
+"""
 
 from __future__ import annotations
 
@@ -97,6 +100,7 @@ def update_job(
         ready_events=[event.handle for event in events],
         accum=0 if adds is None else home.sums().data_ptr(),
         adds=adds or (),
+        rank=home.bucket.index,
     )
 
 
@@ -123,6 +127,7 @@ def sum_job(
         accum=home.sums().data_ptr(),
         adds=adds,
         magnitudes=0 if magnitudes is None else magnitudes.data_ptr(),
+        rank=home.bucket.index,
     )
 
 
@@ -136,6 +141,7 @@ class JobQueue:
         self._deadline_s = options.deadline_s
         self._jobs: deque[Job] = deque()
         self._owned: list[HostBytes] = []
+        self._progress = 0
         self._pipeline = native.AdamPipeline(
             options.num_adam_threads,
             "naive" if options.overlap == Overlap.NAIVE else "optimized",
@@ -157,6 +163,11 @@ class JobQueue:
     def __iter__(self) -> Iterator[Job]:
         """Over those that there are now, oldest first."""
         return iter(tuple(self._jobs))
+
+    def any_progress(self) -> bool:
+        """True where a job's weights may have become ready since this was asked last."""
+        before, self._progress = self._progress, self._pipeline.progress
+        return before != self._progress
 
     def __bool__(self) -> bool:
         return bool(self._jobs)
@@ -198,6 +209,13 @@ class JobQueue:
         """Raises TransferError: the job failed or took too long; names it."""
         wait = self._pipeline.wait if job.whole_on_ssd else self._pipeline.wait_weights
         wait(job.ticket, self._deadline_s)
+
+    def wait_for_any(self, jobs: Sequence[Job]) -> None:
+        """Until one of them is done, or the host can read its weights; a failed one counts.
+
+        Raises TransferError: it took too long; names the first.
+        """
+        self._pipeline.wait_any_weights([job.ticket for job in jobs], self._deadline_s)
 
     def wait(self, job: Job) -> None:
         """Raises TransferError: the job failed or took too long; names it."""

@@ -144,12 +144,8 @@ class Updates:
 
     def pump(self) -> None:
         """Upload what has been updated, free its buffers, report failures; never blocks."""
-        if not self._jobs:
-            return
-        for job in self._jobs:
-            if not self._jobs.has_weights(job):
-                return
-            self._progress_of(job)
+        if self._jobs and self._jobs.any_progress():
+            self._progress_of_all()
 
     @property
     def accumulated(self) -> bool:
@@ -438,26 +434,26 @@ class Updates:
     # Buffers
 
     def _acquire(self, record: Record) -> GradBuffer:
-        """A buffer nobody fills or works from; blocks for the oldest job if there is none.
+        """A buffer nobody fills or works from; blocks for a job if there is none.
 
         Raises:
             LohanError: every buffer is being filled.
-            TransferError: the oldest job failed or took too long.
+            TransferError: a job failed, or none got anywhere for too long.
         """
         if self._overlap.waits_for_step and record.adding is not None:
             self._finish(record.adding, "gradient buffer")
         self.pump()
         buffer = self._buffers.take(record.bucket.index)
         while buffer is None:
-            oldest = next((job for job in self._jobs if job.buffer is not None), None)
-            if oldest is None:
+            holders = [job for job in self._jobs if job.buffer is not None]
+            if not holders:
                 raise LohanError(
                     f"no gradient buffer for {record.bucket.name}: all {self._buffers.num_ring} are "
                     "being filled; raise grad_buffers"
                 )
-            with self._waits.counted("gradient buffer", ("adam", oldest.bucket)):
-                self._wait_weights(oldest)
-            self._progress_of(oldest)
+            with self._waits.counted("gradient buffer", ("adam", holders[0].bucket)):
+                self._wait_any_weights(holders)
+            self._progress_of_all()
             buffer = self._buffers.take(record.bucket.index)
         return buffer
 
@@ -683,6 +679,13 @@ class Updates:
             self._fail(job, error)
             raise
 
+    def _wait_any_weights(self, jobs: Sequence[Job]) -> None:
+        try:
+            self._jobs.wait_for_any(jobs)
+        except TransferError as error:
+            self._fail(jobs[0], error)
+            raise
+
     def _wait_done(self, job: Job) -> None:
         try:
             self._jobs.wait(job)
@@ -707,6 +710,11 @@ class Updates:
         with self._waits.counted(why, ("adam", job.bucket)):
             self._wait_done(job)
         self._progress_of(job)
+
+    def _progress_of_all(self) -> None:
+        for job in self._jobs:
+            if self._jobs.has_weights(job):
+                self._progress_of(job)
 
     def _progress_of(self, job: Job) -> None:
         """Do what a job with its weights ready allows: upload, free its buffer, forget it when done.
