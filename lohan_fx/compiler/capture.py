@@ -29,6 +29,7 @@ from lohan_fx.errors import CaptureError
 from lohan_fx.params import owner_of
 from lohan_fx.program import Tier
 
+from .kernels import warm_workers
 from .partition import Candidate, Joint, backward_nodes, find_candidates, split
 from .region_compilers import AtenCompiler, InductorCompiler, RegionCompiler
 from .skeleton import Skeleton, lower
@@ -102,9 +103,10 @@ class Backend:
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self._compiler: RegionCompiler = (
-            InductorCompiler() if host.lowering == "inductor" else AtenCompiler()
-        )
+        self._compiler: RegionCompiler = AtenCompiler()
+        if host.lowering == "inductor":
+            self._compiler = InductorCompiler()
+            warm_workers(host.device)
 
     def weakly(self) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
         """This backend as a function that does not keep it alive."""
@@ -248,7 +250,9 @@ class _Step:
         return self._run(module, "forward", prepare=True)
 
     def compile_backward(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return self._run(module, "backward", prepare=False)
+        skeleton = self._run(module, "backward", prepare=False)
+        self._await_kernels()
+        return skeleton
 
     def compile_inference(
         self, module: fx.GraphModule, inputs: Sequence[Any]
@@ -275,7 +279,13 @@ class _Step:
         check_moves(woven)
         self._index = decision.index
         self._host.accept(woven)
-        return self._run(woven.forward, "forward", prepare=True)
+        run = self._run(woven.forward, "forward", prepare=True)
+        self._await_kernels()
+        return run
+
+    def _await_kernels(self) -> None:
+        with self._host.timed("await kernels"):
+            self._compiler.finish()
 
     def _run(self, module: fx.GraphModule, part: str, *, prepare: bool) -> Callable[..., Any]:
         host, index = self._host, self._index

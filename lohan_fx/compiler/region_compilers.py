@@ -1,14 +1,16 @@
 """What turns a region into a function: Inductor, or plain aten calls node by node.
 
 Both compile each distinct region once per process and compiler, and return functions that take one
-list and empty it, freeing inputs after their last use.
+list and empty it, freeing inputs after their last use. A function may be returned before its kernels are
+there; it waits for them when it is first called, if nobody called `finish` before.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lohan_fx.errors import PassError
 
 from .emit import Boxed, emit
+from .kernels import Deferred, can_defer, deferring
 from .regions import Region
 
 _log = logging.getLogger(__name__)
@@ -44,6 +47,10 @@ class RegionCompiler(Protocol):
 
     def compile(self, region: Region, fake_mode: FakeTensorMode) -> Boxed: ...
 
+    def finish(self) -> None:
+        """Block until all that was asked for is compiled."""
+        ...
+
 
 class _OncePerKey:
     def __init__(self) -> None:
@@ -58,6 +65,9 @@ class _OncePerKey:
             self.stats.seconds += time.perf_counter() - began
             self.stats.distinct += 1
         return self._compiled[region.key]
+
+    def finish(self) -> None:
+        """Block until all that was asked for is compiled."""
 
     def _compile(self, region: Region, fake_mode: FakeTensorMode) -> Boxed:
         raise NotImplementedError
@@ -74,10 +84,38 @@ class AtenCompiler(_OncePerKey):
         return emit(module.graph, name=region.name, attributes=region.attributes).run
 
 
+class _Late:
+    """A region's function, which calls `finish` first until that has set `function`."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, finish: Callable[[], None]) -> None:
+        def first(args: list[Any]) -> Sequence[Any]:
+            finish()
+            return self.function(args)
+
+        self.function: Boxed = first
+
+    def __call__(self, args: list[Any]) -> Sequence[Any]:
+        return self.function(args)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A compilation whose kernels are awaited, for `late` to call `function`."""
+
+    late: _Late
+    function: Boxed
+    deferred: Deferred
+    region: Region
+    fake_mode: FakeTensorMode
+
+
 class InductorCompiler(_OncePerKey):
     """Compiles a region with Inductor; one that it cannot compile runs as plain aten.
 
-    `patches` are Inductor options on top of, or instead of, the ones that regions need.
+    Kernels are compiled beside what follows (kernels.py). `patches` are Inductor options on top of, or
+    instead of, the ones that regions need.
     """
 
     def __init__(self, patches: Mapping[str, Any] | None = None) -> None:
@@ -85,39 +123,70 @@ class InductorCompiler(_OncePerKey):
         self._patches = {**_region_options(), **(patches or {})}
         self._aten = AtenCompiler()
         self._warned = False
+        self._defers = can_defer()
+        self._pending: list[_Pending] = []  # in the order of their kernels
+
+    def finish(self) -> None:
+        began = time.perf_counter()
+        while self._pending:
+            pending = self._pending[0]
+            region, fake_mode = pending.region, pending.fake_mode
+            try:
+                with self._contexts(fake_mode):
+                    pending.deferred.finish()
+                pending.late.function = pending.function
+            except Exception as error:
+                pending.late.function = self._without(region, fake_mode, error)
+            del self._pending[0]
+        self.stats.seconds += time.perf_counter() - began
 
     def _compile(self, region: Region, fake_mode: FakeTensorMode) -> Boxed:
         try:
-            return self._inductor(region, fake_mode)
+            with self._contexts(fake_mode):
+                if not self._defers:
+                    return self._inductor(region)
+                with deferring() as deferred:
+                    function = self._inductor(region)
         except Exception as error:
-            # Whatever went wrong inside Inductor, plain aten computes the same.
-            self.stats.fallbacks += 1
-            level = logging.DEBUG if self._warned else logging.WARNING
-            self._warned = True
-            _log.log(
-                level,
-                "Inductor failed on %s (%s: %s); it runs as plain aten, slower but right",
-                region.name,
-                type(error).__name__,
-                str(error).split("\n", 1)[0],
-            )
-            return self._aten.compile(region, fake_mode)
+            return self._without(region, fake_mode, error)
+        late = _Late(self.finish)
+        self._pending.append(_Pending(late, function, deferred, region, fake_mode))
+        return late
 
-    def _inductor(self, region: Region, fake_mode: FakeTensorMode) -> Boxed:
+    def _without(self, region: Region, fake_mode: FakeTensorMode, error: Exception) -> Boxed:
+        """Whatever went wrong inside Inductor, plain aten computes the same."""
+        self.stats.fallbacks += 1
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        _log.log(
+            level,
+            "Inductor failed on %s (%s: %s); it runs as plain aten, slower but right",
+            region.name,
+            type(error).__name__,
+            str(error).split("\n", 1)[0],
+        )
+        return self._aten.compile(region, fake_mode)
+
+    @contextmanager
+    def _contexts(self, fake_mode: FakeTensorMode) -> Iterator[None]:
         from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
 
-        module = region.module()
-        # Strides of what leaves a region are promised to whoever reads it.
-        output = module.graph.output_node()
-        output.meta["user_visible_output_idxs"] = list(range(len(region.outputs)))
         with (
             config.patch(self._patches),
             V.set_fake_mode(fake_mode),
             # Inductor reports strides and donated inputs through the context, once per context.
             tracing(TracingContext(fake_mode)),
         ):
-            compiled: Boxed = compile_fx_inner(module, list(region.inputs))
+            yield
+
+    def _inductor(self, region: Region) -> Boxed:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        module = region.module()
+        # Strides of what leaves a region are promised to whoever reads it.
+        output = module.graph.output_node()
+        output.meta["user_visible_output_idxs"] = list(range(len(region.outputs)))
+        compiled: Boxed = compile_fx_inner(module, list(region.inputs))
         return compiled
 
 
