@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 from lohan_fx.plan import Plan
-from lohan_fx.view import MeasuredTrace, render, write
+from lohan_fx.tracing import Trace
+from lohan_fx.view import render, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from browser import Page, launch, missing
@@ -67,7 +68,7 @@ def main() -> None:
         sys.exit(missing())
     clock = time.perf_counter()
     plans = [(path.stem, Plan.from_json(path.read_text())) for path in args.plans]
-    trace = None if args.measured is None else MeasuredTrace.from_json(args.measured.read_text())
+    trace = None if args.measured is None else Trace.from_json(args.measured.read_text())
     read_s = time.perf_counter() - clock
     clock = time.perf_counter()
     text = render(plans, trace)

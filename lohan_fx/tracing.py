@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import LohanError
-from .plan import Plan
+from .errors import LohanError, PlanMismatch
+from .plan import Plan, validate_timeline
 from .plan.timeline import LANES, Timeline
 
 TRACE_SCHEMA = 1
@@ -50,23 +50,44 @@ class Trace:
         }
 
     @classmethod
-    def from_dict(cls, raw: Any) -> Trace:
-        """The trace that `to_dict` wrote.
+    def from_json(cls, text: str) -> Trace:
+        """The trace that a run wrote.
 
         Raises:
-            LohanError: another schema, or something that is no trace.
+            LohanError: another schema, no step, or something that is no trace; says where it goes wrong.
         """
+        try:
+            raw = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as exc:
+            raise LohanError(f"this trace is not JSON: {exc}") from exc
         schema = raw.get("schema") if isinstance(raw, dict) else None
-        if schema != TRACE_SCHEMA:
+        if type(schema) is not int or schema != TRACE_SCHEMA:
             raise LohanError(
                 f"this trace has schema {schema!r}, this version reads {TRACE_SCHEMA}; record it "
                 "again with model.trace(path)"
             )
-        try:
-            steps = tuple(Timeline.from_dict(step) for step in raw["steps"])
-            return cls(raw["model"], raw["device"], raw["fingerprint"], steps)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise LohanError(f"this is not a trace: {type(error).__name__} {error}") from error
+        for key, kind in (("model", str), ("fingerprint", str), ("device", str), ("steps", list)):
+            if not isinstance(raw.get(key), kind):
+                raise LohanError(f"this is not a trace of a run: it has no {key}")
+        if not raw["steps"]:
+            raise LohanError("this trace has no step; record at least one")
+        steps = []
+        for number, step in enumerate(raw["steps"]):
+            try:
+                validate_timeline(step)
+                steps.append(Timeline.from_dict(step))
+            except (LohanError, IndexError) as exc:
+                raise LohanError(f"this is not a trace of a run: step {number}: {exc}") from exc
+        return cls(raw["model"], raw["device"], raw["fingerprint"], tuple(steps))
+
+    def check_matches(self, plan: Plan) -> None:
+        """Raise PlanMismatch unless the run followed a plan of the same graph."""
+        if self.fingerprint != plan.fingerprint:
+            raise PlanMismatch(
+                f"the trace is of a run of {self.model} over another graph than the plan's "
+                f"({plan.model}); give the plan that the run followed, or show it anyway with "
+                "--any-plan"
+            )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON file."""
@@ -81,10 +102,10 @@ class Trace:
             LohanError: it cannot be read, or is no trace of this version.
         """
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise LohanError(f"the trace {os.fspath(path)!r} cannot be read: {error}") from error
-        return cls.from_dict(raw)
+        return cls.from_json(text)
 
     @property
     def typical(self) -> Timeline:

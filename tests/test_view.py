@@ -19,7 +19,8 @@ from lohan_fx.cli.view import main
 from lohan_fx.errors import InfeasiblePlan, LohanError, PlanMismatch
 from lohan_fx.plan import Plan
 from lohan_fx.planner import Problem
-from lohan_fx.view import MeasuredTrace, render, trace_bytes
+from lohan_fx.tracing import Trace
+from lohan_fx.view import render, trace_bytes
 from lohan_fx.view.data import labels
 from lohan_fx.view.differences import differences
 from lohan_fx.view.measured import disagreements
@@ -206,7 +207,7 @@ def test_a_trace_that_points_nowhere_is_refused(plan: Plan) -> None:
     raw = json.loads(trace_json(plan))
     raw["steps"][0]["spans"][0][2] = 10**6
     with pytest.raises(LohanError, match="step 0"):
-        MeasuredTrace.from_json(json.dumps(raw))
+        Trace.from_json(json.dumps(raw))
 
 
 def test_a_number_that_is_not_finite_is_refused(plan: Plan) -> None:

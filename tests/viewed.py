@@ -11,7 +11,7 @@ from problems import MIB, deep
 
 from lohan_fx.plan import Plan, TensorRow, Timeline, build_plan, build_unfit_plan
 from lohan_fx.planner import Problem, solve
-from lohan_fx.view import MeasuredTrace
+from lohan_fx.tracing import Trace
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=window.hit=2>"
 
@@ -110,5 +110,5 @@ def trace_json(plan: Plan, *steps: Timeline, **changes: Any) -> str:
     return json.dumps(raw | changes)
 
 
-def trace_of(plan: Plan, *steps: Timeline, **changes: Any) -> MeasuredTrace:
-    return MeasuredTrace.from_json(trace_json(plan, *steps, **changes))
+def trace_of(plan: Plan, *steps: Timeline, **changes: Any) -> Trace:
+    return Trace.from_json(trace_json(plan, *steps, **changes))

@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 from lohan_fx import view
 from lohan_fx.errors import LohanError
 from lohan_fx.plan import Plan
+from lohan_fx.tracing import Trace
 
 _T = TypeVar("_T")
 
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace) -> None:
     plans = [(path.stem, _read(path, Plan.from_json)) for path in args.plans]
     measured = None
     if args.measured is not None:
-        measured = _read(args.measured, view.MeasuredTrace.from_json)
+        measured = _read(args.measured, Trace.from_json)
     if args.html is not None:
         text = view.render(plans, measured, any_plan=args.any_plan)
         view.write(args.html, text)
@@ -72,9 +73,7 @@ def _run(args: argparse.Namespace) -> None:
         _write_trace(args.perfetto, plans[0][1], measured, any_plan=args.any_plan)
 
 
-def _write_trace(
-    path: Path, plan: Plan, measured: view.MeasuredTrace | None, *, any_plan: bool
-) -> None:
+def _write_trace(path: Path, plan: Plan, measured: Trace | None, *, any_plan: bool) -> None:
     if measured is not None and not any_plan:
         measured.check_matches(plan)
     steps, device = ((), "") if measured is None else (measured.steps, measured.device)

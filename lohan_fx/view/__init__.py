@@ -7,8 +7,7 @@ the network for nothing and is the same bytes for the same plans.
 
 from __future__ import annotations
 
-from .measured import MeasuredTrace
 from .page import render, write
 from .perfetto import trace_bytes
 
-__all__ = ["MeasuredTrace", "render", "trace_bytes", "write"]
+__all__ = ["render", "trace_bytes", "write"]

@@ -1,66 +1,15 @@
-"""A measured run over the plan it followed: the last step's timeline, and where the two disagree."""
+"""Where a measured step and the plan that it followed disagree."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from lohan_fx.errors import LohanError, PlanMismatch
-from lohan_fx.plan import Plan, Timeline, validate_timeline
-from lohan_fx.plan.timeline import LANES
+from lohan_fx.plan import Timeline
+from lohan_fx.tracing import busy_s
 
-from .timeline import busy_seconds
-
-TRACE_SCHEMA = 1
 _MOST_ITEMS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredTrace:
-    """What a run recorded: one timeline per training step, in order, of the plan `fingerprint`."""
-
-    model: str
-    fingerprint: str
-    device: str
-    steps: tuple[Timeline, ...]
-
-    @classmethod
-    def from_json(cls, text: str) -> MeasuredTrace:
-        """The trace that a run wrote. Raises LohanError for anything else."""
-        try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as exc:
-            raise LohanError(f"this trace is not JSON: {exc}") from exc
-        schema = raw.get("schema") if isinstance(raw, dict) else None
-        if type(schema) is not int or schema != TRACE_SCHEMA:
-            raise LohanError(
-                f"this trace has schema {schema!r}, this version reads {TRACE_SCHEMA}; record it again"
-            )
-        for key, kind in (("model", str), ("fingerprint", str), ("device", str), ("steps", list)):
-            if not isinstance(raw.get(key), kind):
-                raise LohanError(f"this is not a trace of a run: it has no {key}")
-        if not raw["steps"]:
-            raise LohanError("this trace has no step; record at least one")
-        steps = []
-        for number, step in enumerate(raw["steps"]):
-            try:
-                validate_timeline(step)
-                steps.append(Timeline.from_dict(step))
-            except (LohanError, IndexError) as exc:
-                raise LohanError(f"this is not a trace of a run: step {number}: {exc}") from exc
-        return cls(raw["model"], raw["fingerprint"], raw["device"], tuple(steps))
-
-    def check_matches(self, plan: Plan) -> None:
-        """Raise PlanMismatch unless the run followed a plan of the same graph."""
-        if self.fingerprint != plan.fingerprint:
-            raise PlanMismatch(
-                f"the trace is of a run of {self.model} over another graph than the plan's "
-                f"({plan.model}); give the plan that the run followed, or show it anyway with "
-                "--any-plan"
-            )
 
 
 def disagreements(predicted: Timeline, measured: Timeline) -> dict[str, Any]:
@@ -69,8 +18,8 @@ def disagreements(predicted: Timeline, measured: Timeline) -> dict[str, Any]:
     Work is [lane, what, predicted, measured], items are [lane, what, kind, index, name, predicted,
     measured]; both by the size of the difference, largest first, the items at most 20.
     """
-    here, there = busy_seconds(predicted), busy_seconds(measured)
-    lanes = [[lane, here[lane], there[lane]] for lane in LANES if here[lane] or there[lane]]
+    here, there = busy_s(predicted), busy_s(measured)
+    lanes = [[lane, here[lane], there[lane]] for lane in here if here[lane] or there[lane]]
     # A trace that does not say what the GPU waits for is not one without waiting.
     waits = _paired(_waits(predicted), _waits(measured)) if measured.stalls else []
     work = _paired(_work(predicted), _work(measured))

@@ -19,10 +19,11 @@ from typing import Any
 
 from lohan_fx.errors import LohanError
 from lohan_fx.plan import Plan
+from lohan_fx.tracing import Trace
 
 from .data import labels, plan_data
 from .differences import differences
-from .measured import MeasuredTrace, disagreements
+from .measured import disagreements
 from .timeline import timeline_data
 
 _STYLES = ("vendor/uPlot.min", "style/base", "style/charts", "style/table")
@@ -48,7 +49,7 @@ _SCRIPTS = (
 
 def render(
     plans: Sequence[tuple[str, Plan]],
-    measured: MeasuredTrace | None = None,
+    measured: Trace | None = None,
     *,
     any_plan: bool = False,
 ) -> str:
@@ -75,7 +76,7 @@ def render(
 
 
 def _measured(
-    plans: Sequence[Plan], trace: MeasuredTrace, shown: Sequence[dict[str, Any]], any_plan: bool
+    plans: Sequence[Plan], trace: Trace, shown: Sequence[dict[str, Any]], any_plan: bool
 ) -> dict[str, Any]:
     number = next((k for k, p in enumerate(plans) if p.fingerprint == trace.fingerprint), 0)
     plan = plans[number]

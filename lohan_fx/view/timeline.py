@@ -51,14 +51,3 @@ def _curve(curve: Any) -> dict[str, Any]:
         "times_s": list(curve.times_s),
         "bytes": {cls: list(row) for cls, row in held.items() if any(row)},
     }
-
-
-def busy_seconds(timeline: Timeline) -> dict[str, float]:
-    """Seconds of work by lane; overlapping spans of one lane count once."""
-    found: dict[str, float] = dict.fromkeys(LANES, 0.0)
-    until: dict[str, float] = dict.fromkeys(LANES, 0.0)
-    for span in sorted(timeline.spans, key=lambda s: (s.start_s, s.end_s)):
-        start_s = max(span.start_s, until[span.lane])
-        found[span.lane] += max(0.0, span.end_s - start_s)
-        until[span.lane] = max(until[span.lane], span.end_s)
-    return found
