@@ -12,7 +12,7 @@ import pytest
 
 MIB = 2**20
 
-# 113 M parameters: 453 MB of values, 1,359 MB with moments, under budgets of 150 MB each.
+# 57 M parameters: 226 MB of values, 679 MB with moments, under budgets of 75 and 100 MB.
 _CHILD = """
 import json, sys, time
 from pathlib import Path
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 class Deep(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(1536, 1536, bias=False) for _ in range(48))
+        self.layers = nn.ModuleList(nn.Linear(1536, 1536, bias=False) for _ in range(24))
     def forward(self, x):
         for layer in self.layers:
             x = x + layer(x) / 100
@@ -54,7 +54,7 @@ for spec in specs:
     writer.write(spec.name, 0, torch.randn(spec.numel).view(torch.uint8).numpy().data)
 writer.finish()
 
-budget = f"gpu=150MB, dram=150MB, ssd={folder}:3GB"
+budget = f"gpu=75MB, dram=100MB, ssd={folder}:3GB"
 model = lohan_fx.compile(
     model, budget, device="cpu", lowering="aten", weights=folder / "model.safetensors"
 )
@@ -93,9 +93,9 @@ def test_memory_is_bounded_by_pieces(tmp_path: Path) -> None:
     )
     assert child.returncode == 0, child.stderr
     found = json.loads(child.stdout)
-    assert found["saved"] > 1_350_000_000
-    assert found["report"]["ssd"] > 1_000_000_000
-    assert found["save"]["over"] < 256 * MIB
-    assert found["load"]["over"] < 256 * MIB
+    assert found["saved"] > 675_000_000
+    assert found["report"]["ssd"] > 500_000_000
+    assert found["save"]["over"] < 160 * MIB
+    assert found["load"]["over"] < 160 * MIB
     # Both budgets, which on the CPU are memory of this process, and a few pieces.
-    assert found["place"]["over"] < 300_000_000 + 96 * MIB
+    assert found["place"]["over"] < 175_000_000 + 96 * MIB

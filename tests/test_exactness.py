@@ -7,25 +7,30 @@ update's sign may flip where a gradient is all rounding).
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from training import CASES, RandomPolicy, train_lohan, train_plain
+from training import CASES, DEVICE, RandomPolicy, Run, train_lohan, train_plain
 
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2.5e-3)}
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 
 
+@cache
+def all_on_the_gpu(name: str, dtype: torch.dtype) -> Run:
+    with TemporaryDirectory() as folder:
+        return train_lohan(CASES[name], dtype, Path(folder))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_all_on_the_gpu_agrees_with_plain_pytorch(
-    name: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_all_on_the_gpu_agrees_with_plain_pytorch(name: str, dtype: torch.dtype) -> None:
     plain = train_plain(CASES[name], dtype)
-    ours = train_lohan(CASES[name], dtype, tmp_path)
     loss, weight = TOLERANCE[dtype]
-    ours.assert_close(plain, loss, weight)
+    all_on_the_gpu(name, dtype).assert_close(plain, loss, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,10 +38,15 @@ def test_all_on_the_gpu_agrees_with_plain_pytorch(
 def test_random_plans_are_bit_equal_to_all_on_the_gpu(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    reference = train_lohan(CASES[name], dtype, tmp_path, policy=RandomPolicy(0))
-    for seed in range(1, 4):
-        other = train_lohan(CASES[name], dtype, tmp_path, policy=RandomPolicy(seed))
-        other.assert_equal(reference)
+    """To each other on a real one, whose Adam rounds otherwise than the CPU's."""
+    first = 2 * (list(CASES).index(name) + len(CASES) * (dtype is torch.float32))  # no seed twice
+    plans = [
+        train_lohan(CASES[name], dtype, tmp_path, policy=RandomPolicy(seed))
+        for seed in (first, first + 1)
+    ]
+    if DEVICE.type == "cpu":
+        plans[0].assert_equal(all_on_the_gpu(name, dtype))
+    plans[1].assert_equal(plans[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "mlp"])

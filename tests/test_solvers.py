@@ -54,7 +54,7 @@ def every_placement(question: Problem) -> list[tuple[float, Solution]]:
     return found
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_optimal_is_sound_and_no_policy_is_faster(question: Problem) -> None:
     answers = {policy: attempt(question, policy) for policy in SOLVERS}
@@ -68,7 +68,7 @@ def test_optimal_is_sound_and_no_policy_is_faster(question: Problem) -> None:
             assert best.predicted.step_s <= answer.predicted.step_s * (1 + 2e-6), policy
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problems(most_buckets=2, most_activations=3, most_gpu=30))
 def test_no_placement_at_all_is_below_the_bound(question: Problem) -> None:
     if question.max_ssd_bytes_per_day:

@@ -104,8 +104,8 @@ def assert_same_weights(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("clip", [0.5, 1e9])
+# Every step is clipped, or none is.
+@pytest.mark.parametrize(("clip", "place"), [(0.5, "gpu"), (1e9, "mixed"), (0.5, "tight")])
 def test_losses_norms_and_rates_are_those_of_plain_trainer(
     clip: float, place: str, tmp_path: Path
 ) -> None:

@@ -45,7 +45,7 @@ def _tokens(step: int, vocab: int, batch: int = 2, seq: int = 24) -> Batch:
     return {"input_ids": ids, "labels": ids}
 
 
-def gpt2(dropout: float = 0.0, layers: int = 3) -> nn.Module:
+def gpt2(dropout: float = 0.0, layers: int = 2) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -109,7 +109,7 @@ def vit() -> nn.Module:
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=32,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=64,
             image_size=16,
