@@ -9,10 +9,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from lohan_fx import view
 from lohan_fx.budget import Budget, Machine
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
 FITS, USER_ERROR, DOES_NOT_FIT = 0, 1, 2
+_Answer = TypeVar("_Answer")
 
 _DTYPES = {
     "bf16": "bfloat16",
@@ -338,20 +339,7 @@ class _Question:
     def plan(self, given: ModelInput) -> Plan:
         from lohan_fx import api
 
-        dtype = _torch_dtype(self.args.dtype)
-        with _named_errors(given), progress_of_phase(f"Tracing {given.name}"):
-            plan = api.make_plan(
-                given.model,
-                self.budget,
-                with_dtype(given.example_inputs, dtype),
-                hardware=self.hardware,
-                dtype=dtype,
-                policy=self.args.policy,
-                overlap=self.args.overlap,
-                pin=self.pins,
-                max_writes_per_day=self.args.max_writes_per_day,
-            )
-        plan = plan.named(given.name)
+        plan = self._asked(api.make_plan, given, pin=self.pins).named(given.name)
         return plan if given.tokens is None else plan.with_tokens(given.tokens)
 
     def trace(self, batch: int, seq: int, model: str | None = None) -> TracedStep:
@@ -376,20 +364,24 @@ class _Question:
     def _traced(self, given: ModelInput, bucket_numel: int | None = None) -> TracedStep:
         from lohan_fx import api
 
+        step = self._asked(api.trace_step, given, bucket_numel=bucket_numel)
+        return step.named(given.name, given.tokens)
+
+    def _asked(self, answer: Callable[..., _Answer], given: ModelInput, **rest: Any) -> _Answer:
+        """What api.make_plan or api.trace_step says of the model, with the settings of the question."""
         dtype = _torch_dtype(self.args.dtype)
         with _named_errors(given), progress_of_phase(f"Tracing {given.name}"):
-            step = api.trace_step(
+            return answer(
                 given.model,
                 self.budget,
                 with_dtype(given.example_inputs, dtype),
                 hardware=self.hardware,
                 dtype=dtype,
-                overlap=self.args.overlap,
                 policy=self.args.policy,
+                overlap=self.args.overlap,
                 max_writes_per_day=self.args.max_writes_per_day,
-                bucket_numel=bucket_numel,
+                **rest,
             )
-        return step.named(given.name, given.tokens)
 
     def show_rows(
         self,
