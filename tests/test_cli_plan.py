@@ -406,22 +406,18 @@ def branches(batch):
 """
 
 
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m lohan_fx.plan` in a folder of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "lohan_fx.plan", "--hardware", "lohan-rtx4090", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_a_hugging_face_config_is_planned_on_the_command_line(tmp_path: Path) -> None:
     config = {"model_type": "gpt2", "n_layer": 3, "n_head": 2, "n_embd": 32, "vocab_size": 97}
     (tmp_path / "config.json").write_text(json.dumps(config))
     sizes = ["--batch", "2", "--seq", "16"]
-    done = command(tmp_path, "--model", "config.json", *sizes, "--dump", "plan.json")
+    asked = ["--model", "config.json", "--hardware", "lohan-rtx4090", *sizes, "--dump", "plan.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lohan_fx.plan", *asked],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     plan = Plan.from_json((tmp_path / "plan.json").read_text())
     assert plan.fits and plan.model == tmp_path.name
@@ -430,23 +426,30 @@ def test_a_hugging_face_config_is_planned_on_the_command_line(tmp_path: Path) ->
     assert plan.num_params == 32 * (97 + 1024 + 2) + 3 * (12 * 32**2 + 13 * 32)
 
 
-def test_a_factory_is_planned_on_the_command_line(tmp_path: Path) -> None:
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments; the module `real` is there to be imported."""
     (tmp_path / "real.py").write_text(REAL)
-    budget = "gpu=1300KB,dram=1MB,ssd=1GB"
-    done = command(
-        tmp_path, "--model", "real:build", "--batch", "8", "--seq", "64", "--budget", budget
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "1.3 MB" in done.stdout and "limited by" in done.stdout
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "real", raising=False)
+    return ["--hardware", "lohan-rtx4090"]
 
 
-def test_what_cannot_fit_exits_with_2_and_leaves_a_plan_that_says_so(tmp_path: Path) -> None:
-    (tmp_path / "real.py").write_text(REAL)
-    budget = ["--budget", "gpu=20KB,dram=1MB,ssd=none"]
-    done = command(tmp_path, "--model", "real:build", *budget, "--dump", "plan.json")
-    assert done.returncode == 2
-    assert done.stdout == "" and done.stderr.count("\n") == 1
-    assert "the budget has 20.00 kB" in done.stderr
+def test_a_factory_is_planned(real: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    budget = ["--budget", "gpu=1300KB,dram=1MB,ssd=1GB"]
+    assert main([*real, "--model", "real:build", "--batch", "8", "--seq", "64", *budget]) == 0
+    out, err = capsys.readouterr()
+    assert "1.3 MB" in out and "limited by" in out and err == ""
+
+
+def test_what_cannot_fit_exits_with_2_and_leaves_a_plan_that_says_so(
+    real: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = ["--budget", "gpu=20KB,dram=1MB,ssd=none", "--dump", str(tmp_path / "plan.json")]
+    assert main([*real, "--model", "real:build", *budget]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "the budget has 20.00 kB" in err
     raw = json.loads((tmp_path / "plan.json").read_text())
     validate_json(raw)
     assert not raw["fits"] and "at least" in raw["reasons"][0]
@@ -460,10 +463,9 @@ def test_what_cannot_fit_exits_with_2_and_leaves_a_plan_that_says_so(tmp_path: P
     ],
 )
 def test_a_forward_that_cannot_be_traced_is_one_line_with_the_factorys_name(
-    tmp_path: Path, name: str, words: str
+    real: list[str], name: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "real.py").write_text(REAL)
-    done = command(tmp_path, "--model", f"real:{name}", "--batch", "2", "--seq", "5")
-    assert done.returncode == 1
-    assert done.stdout == "" and done.stderr.count("\n") == 1
-    assert words in done.stderr
+    assert main([*real, "--model", f"real:{name}", "--batch", "2", "--seq", "5"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert words in err
