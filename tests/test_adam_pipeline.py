@@ -564,7 +564,9 @@ def scenario_rank() -> None:
         first = pipeline.submit(buckets[4].job(1, rank=4))
         pipeline.wait(first, TIMEOUT_S)
         seen = pipeline.progress
-        tickets = [pipeline.submit(buckets[r].job(1, rank=r, ready_events=[soon])) for r in (3, 1, 2)]
+        tickets = [
+            pipeline.submit(buckets[r].job(1, rank=r, ready_events=[soon])) for r in (3, 1, 2)
+        ]
         last = pipeline.submit(buckets[0].job(1, rank=0, ready_events=[never]))
         with pytest.raises(TransferError, match=r"none of 4 .*'rank 3'.*its gradient.* 0\.05 s"):
             pipeline.wait_any_weights([*tickets, last], 0.05)
