@@ -152,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     device = torch.device(args.device)
     cuda = device.type == "cuda"
+    if cuda and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     budget = Budget.parse(args.budget)
     args.gpu_bytes = budget.gpu
     if args.ssd is None:
