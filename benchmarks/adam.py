@@ -15,16 +15,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from lohan_fx import native
+from lohan_fx.probe.host import ADAM_BYTES, ADAM_GROUP
 
 SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9}
-
-# Bytes per parameter that must cross the memory bus: what is read plus what is written.
-TRAFFIC_BYTES = {"float32": 3 * 8 + 4, "bfloat16": 3 * 8 + 2 + 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class Row:
 
     @property
     def gb_per_s(self) -> float:
-        return self.best * TRAFFIC_BYTES[self.grads]
+        return self.best * ADAM_BYTES[self.grads]
 
 
 def parse_count(text: str) -> int:
@@ -81,12 +79,7 @@ def ours(
             grad.data_ptr() if half else 0,
             grads if half else None,
             numel,
-            lr=1e-4,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.01,
-            decoupled=True,
+            **asdict(ADAM_GROUP),
             step=step,
             num_threads=threads,
         )
@@ -99,7 +92,9 @@ def ours(
 def torch_fused(numel: int, threads: int, repeats: int, grad: torch.Tensor) -> Row:
     param = torch.nn.Parameter(torch.ones(numel))
     param.grad = grad
-    optimizer = torch.optim.AdamW([param], lr=1e-4, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        [param], lr=ADAM_GROUP.lr, weight_decay=ADAM_GROUP.weight_decay, fused=True
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

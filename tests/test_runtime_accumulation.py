@@ -57,26 +57,7 @@ class SumReference(Reference):
         for pid, total in self.sums.items():
             self.updates[pid] = self.updates.get(pid, 0) + 1
             (group,) = self.hyper.groups()
-            flat = total.contiguous()
-            native.adam_update(
-                self.master[pid].data_ptr(),
-                self.exp_avg[pid].data_ptr(),
-                self.exp_avg_sq[pid].data_ptr(),
-                flat.data_ptr(),
-                "float32",
-                0,
-                None,
-                flat.numel(),
-                lr=group.lr,
-                beta1=group.beta1,
-                beta2=group.beta2,
-                eps=group.eps,
-                weight_decay=group.weight_decay,
-                decoupled=group.decoupled,
-                step=self.updates[pid],
-                grad_scale=scale,
-            )
-            self.weight[pid] = self.master[pid].to(self.weight[pid].dtype)
+            self.update(pid, group, total.contiguous(), self.updates[pid], scale)
         self.sums.clear()
 
 

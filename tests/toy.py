@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -337,27 +337,26 @@ class Reference:
                 pid, group = spec.pid, self.hyper.group_of(spec.pid)
                 if not spec.trainable or pid in self.skip or group is None:
                     continue
-                scalars = groups[group]
                 grad = gradient(pid, self.weight[pid]).contiguous()
-                native.adam_update(
-                    self.master[pid].data_ptr(),
-                    self.exp_avg[pid].data_ptr(),
-                    self.exp_avg_sq[pid].data_ptr(),
-                    grad.data_ptr(),
-                    bucket.dtype,
-                    0,
-                    None,
-                    spec.numel,
-                    lr=scalars.lr,
-                    beta1=scalars.beta1,
-                    beta2=scalars.beta2,
-                    eps=scalars.eps,
-                    weight_decay=scalars.weight_decay,
-                    decoupled=scalars.decoupled,
-                    step=self.steps,
-                    grad_scale=scale,
-                )
-                self.weight[pid] = self.master[pid].to(self.weight[pid].dtype)
+                self.update(pid, groups[group], grad, self.steps, scale)
+
+    def update(
+        self, pid: int, group: AdamGroup, grad: torch.Tensor, step: int, scale: float
+    ) -> None:
+        native.adam_update(
+            self.master[pid].data_ptr(),
+            self.exp_avg[pid].data_ptr(),
+            self.exp_avg_sq[pid].data_ptr(),
+            grad.data_ptr(),
+            str(grad.dtype).removeprefix("torch."),
+            0,
+            None,
+            grad.numel(),
+            **asdict(group),
+            step=step,
+            grad_scale=scale,
+        )
+        self.weight[pid] = self.master[pid].to(self.weight[pid].dtype)
 
     def check(self, runtime: Runtime, *, rounded: frozenset[int] = frozenset()) -> None:
         """Every weight, master and moment has exactly these bits; nearly, in buckets `rounded`."""

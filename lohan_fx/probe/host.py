@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 
 from lohan_fx import native
+from lohan_fx.runtime import AdamGroup
 from lohan_fx.runtime.device import open_device
 from lohan_fx.runtime.timing import seconds_per_call
 
@@ -19,6 +21,7 @@ _CPU = torch.device("cpu")
 # Bytes of DRAM traffic that one parameter's update is: fp32 master and moments read and written,
 # the gradient read and, in 16 bit, the new weight written over it.
 ADAM_BYTES = {"float32": 3 * 8 + 4, "bfloat16": 3 * 8 + 2 + 2}
+ADAM_GROUP = AdamGroup(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True)
 
 
 def dram_copy_bytes_per_s(nbytes: int, *, warm_s: float, measure_s: float) -> float:
@@ -99,12 +102,7 @@ def _adam(numel: int, dtype: str) -> Callable[[], None]:
             grad.data_ptr() if half else 0,
             dtype if half else None,
             numel,
-            lr=1e-4,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.01,
-            decoupled=True,
+            **asdict(ADAM_GROUP),
             step=1,
         )
 

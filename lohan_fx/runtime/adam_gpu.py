@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -54,21 +55,16 @@ def update_on_device(updates: Sequence[Update], scale: Scale) -> None:
 
 def adam_step(group: AdamGroup, step: int, scale: Scale) -> native.AdamStep:
     """The native form of one group's scalars."""
-    return native.AdamStep(
-        lr=group.lr,
-        beta1=group.beta1,
-        beta2=group.beta2,
-        eps=group.eps,
-        weight_decay=group.weight_decay,
-        decoupled=group.decoupled,
-        step=step,
-        unscale=scale.unscale,
-        grad_scale=scale.clip,
-    )
+    return native.AdamStep(**_scalars(group, step, scale))
+
+
+def _scalars(group: AdamGroup, step: int, scale: Scale) -> dict[str, Any]:
+    """What native.AdamStep and native.adam_update call them."""
+    return {**asdict(group), "step": step, "unscale": scale.unscale, "grad_scale": scale.clip}
 
 
 def _update_native(update: Update, scale: Scale) -> None:
-    weight, group = update.weight, update.group
+    weight = update.weight
     native.adam_update(
         update.master.data_ptr(),
         update.exp_avg.data_ptr(),
@@ -78,15 +74,7 @@ def _update_native(update: Update, scale: Scale) -> None:
         0 if weight is None else weight.data_ptr(),
         None if weight is None else str(weight.dtype).removeprefix("torch."),
         update.master.numel(),
-        lr=group.lr,
-        beta1=group.beta1,
-        beta2=group.beta2,
-        eps=group.eps,
-        weight_decay=group.weight_decay,
-        decoupled=group.decoupled,
-        step=update.step,
-        unscale=scale.unscale,
-        grad_scale=scale.clip,
+        **_scalars(update.group, update.step, scale),
     )
 
 
