@@ -248,7 +248,8 @@ def _measured(
 def _add_ratios(line: dict[str, Any]) -> None:
     if "setup_s" in line:
         # Dynamo, AOTAutograd, and what else is not timed by itself.
-        rest = line["first_step_s"] - line["step_s"] - sum(line["setup_s"].values())
+        timed = sum(s for what, s in line["setup_s"].items() if "beside" not in what)
+        rest = line["first_step_s"] - line["step_s"] - timed
         line["setup_s"]["rest"] = round(max(0.0, rest), 2)
     if "predicted" in line:
         line["bound_ratio"] = round(line["step_s"] / line["predicted"]["bound_s"], 3)
