@@ -7,6 +7,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,22 +134,33 @@ def measure(engine: Engine, shape: Shape, device: torch.device) -> dict[str, Any
             lane: _gb((total - moved[lane]) / shape.steps)
             for lane, total in engine.moved_bytes().items()
         }
-    trace = getattr(engine, "trace", None)
-    if shape.lanes and trace is not None:
-        result["trace"] = trace(lambda: [one_step() for _ in range(TRACED_STEPS)])
-    if shape.lanes and cuda:
-        one_step()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            step_s = sum(one_step())
-        result["lanes"] = lanes(profiler) | {"step_s": round(step_s, 4)}
-        result["gpu_idle_share"] = round(
-            max(0.0, 1 - result["lanes"]["busy_s"].get("kernels", 0) / step_s), 4
-        )
+    if shape.lanes:
+        try:
+            result |= _profiled(engine, one_step, cuda)
+        except Exception as error:  # what is timed already counts without it
+            result["lanes_error"] = f"{type(error).__name__}: {error}"[:300]
     facts = engine.facts()
     peaks = result["peak_gb"]
     result |= facts
     result["peak_gb"] = facts.get("peak_gb", {}) | peaks
     return result
+
+
+def _profiled(
+    engine: Engine, one_step: Callable[[], Sequence[float]], cuda: bool
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    trace = getattr(engine, "trace", None)
+    if trace is not None:
+        found["trace"] = trace(lambda: [one_step() for _ in range(TRACED_STEPS)])
+    if cuda:
+        one_step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step_s = sum(one_step())
+        found["lanes"] = lanes(profiler) | {"step_s": round(step_s, 4)}
+        kernels_s = found["lanes"]["busy_s"].get("kernels", 0.0)
+        found["gpu_idle_share"] = round(max(0.0, 1 - kernels_s / step_s), 4)
+    return found
 
 
 def lanes(profiler: Any) -> dict[str, Any]:

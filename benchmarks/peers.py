@@ -209,6 +209,9 @@ def single_process_group(device: torch.device) -> None:
     if dist.is_initialized():
         return
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    # Without a network there is no other interface, and one process needs none.
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     with tempfile.NamedTemporaryFile(prefix="rendezvous") as file:
         path = file.name
     backend = "gloo"
