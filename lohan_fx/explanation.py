@@ -33,7 +33,7 @@ from .planner import (
     solve,
     start_with_least_dram,
 )
-from .planner.cost import Room
+from .planner.ledger import Room
 from .step import TracedStep
 from .units import format_bytes
 

@@ -3,7 +3,10 @@
 problem   the question: stages, buckets, activations, lanes, capacities
 schedule  where in a pass each move stands; the compiler uses it too
 solution  the answer
-cost      bytes in every tier, lane traffic, and the estimate of the step that solvers search with
+places    the places that an item may have
+traffic   what items move over lanes, and the seconds that lanes are busy with it
+ledger    traffic, bytes in every tier and windows of one placement, item by item
+cost      the estimate of the step that solvers search with
 simulate  a step replayed moment by moment; where predictions come from
 least     where a search begins; the least each tier must hold
 occupancy what lies in a tier at one moment
@@ -17,7 +20,7 @@ policies  what other systems do
 choice    which of two plans is better
 sharing   windows for steps that run in turns
 words     why items are where they are, or why nothing fits
-validate  a checker that shares no code with cost and the solvers
+validate  a checker that shares no code with the ledger and the solvers
 """
 
 from __future__ import annotations
@@ -25,19 +28,14 @@ from __future__ import annotations
 from lohan_fx.budget import Capacities
 from lohan_fx.errors import LohanError
 from lohan_fx.planner import policies
-from lohan_fx.planner.cost import (
-    Ledger,
-    Room,
-    accumulator_bytes,
-    activation_places,
-    bucket_places,
-    estimate,
-)
+from lohan_fx.planner.cost import estimate
 from lohan_fx.planner.greedy import greedy
 from lohan_fx.planner.least import least_bytes, start_with_least_dram
+from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.lohan import lohan
 from lohan_fx.planner.occupancy import Occupant, dram_occupants, gpu_occupants
 from lohan_fx.planner.optimal import best_of
+from lohan_fx.planner.places import activation_places, bucket_places
 from lohan_fx.planner.policies import default_overlap
 from lohan_fx.planner.problem import (
     Activation,
@@ -61,6 +59,7 @@ from lohan_fx.planner.simulate import (
     simulate,
 )
 from lohan_fx.planner.solution import Forced, Optimality, Prediction, Solution, Windows
+from lohan_fx.planner.traffic import accumulator_bytes
 from lohan_fx.planner.validate import validate
 
 STATIC = {

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from lohan_fx.errors import InfeasiblePlan
-from lohan_fx.planner.cost import Ledger, Room, estimate
+from lohan_fx.planner.cost import estimate
+from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
 from lohan_fx.planner.simulate import simulate, simulated
 from lohan_fx.planner.solution import Forced, Prediction, Solution

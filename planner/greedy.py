@@ -23,11 +23,12 @@ from lohan_fx.planner.choice import (
     rank,
     replayed,
 )
-from lohan_fx.planner.cost import Floats, Ints, Ledger, Room
 from lohan_fx.planner.least import check_forced, starts
+from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.moves import NO_GAIN, Search
 from lohan_fx.planner.problem import NothingFits, Problem
 from lohan_fx.planner.solution import Forced, Solution
+from lohan_fx.planner.traffic import Floats, Ints
 from lohan_fx.planner.words import nothing_fits, with_reasons
 
 # Rounds of giving up GPU bytes and spending them again; it ends with the first that gains nothing.

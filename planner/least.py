@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lohan_fx.errors import InfeasiblePlan
-from lohan_fx.planner.cost import Ledger, Room, activation_places, bucket_places
+from lohan_fx.planner.ledger import Ledger, Room
+from lohan_fx.planner.places import activation_places, bucket_places
 from lohan_fx.planner.problem import Activation, BucketPlace, Place, Problem
 from lohan_fx.planner.solution import Forced
 

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lohan_fx.planner.choice import fitting
-from lohan_fx.planner.cost import Ledger, Room, state_section_bytes, weight_section_bytes
 from lohan_fx.planner.least import check_forced, is_redone_in_place
+from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.problem import (
     GPU_ALIGN,
     Activation,
@@ -33,6 +33,7 @@ from lohan_fx.planner.problem import (
     align_up,
 )
 from lohan_fx.planner.solution import Forced, Solution
+from lohan_fx.planner.traffic import state_section_bytes, weight_section_bytes
 
 
 def lohan(problem: Problem, forced: Forced | None = None, cutoff_s: float = math.inf) -> Solution:

@@ -7,27 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lohan_fx.planner.cost import (
-    TRAFFIC_WIDTH,
-    Floats,
-    Ints,
-    Span,
-    accumulator_bytes,
-    activation_places,
-    activation_spans,
-    activation_traffic,
-    backward_intervals,
-    bucket_places,
-    bucket_spans,
-    bucket_traffic,
-    lane_seconds,
-    state_buffer_bytes,
-    state_section_bytes,
-    weight_section_bytes,
-    written_bytes,
-)
 from lohan_fx.planner.least import is_redone_in_place
+from lohan_fx.planner.ledger import Span, activation_spans, bucket_spans
 from lohan_fx.planner.moves import AnyPlace, Group, group_items, pinned_groups, tiers
+from lohan_fx.planner.places import activation_places, backward_intervals, bucket_places
 from lohan_fx.planner.problem import (
     GPU_ALIGN,
     PAGE,
@@ -39,6 +22,19 @@ from lohan_fx.planner.problem import (
     align_up,
 )
 from lohan_fx.planner.solution import Forced
+from lohan_fx.planner.traffic import (
+    TRAFFIC_WIDTH,
+    Floats,
+    Ints,
+    accumulator_bytes,
+    activation_traffic,
+    bucket_traffic,
+    lane_seconds,
+    state_buffer_bytes,
+    state_section_bytes,
+    weight_section_bytes,
+    written_bytes,
+)
 
 G, D, S, R = Place.GPU, Place.DRAM, Place.SSD, Place.RECOMPUTE
 SORTS = ("fetch", "swap", "grad", "state", "inbound", "outbound")

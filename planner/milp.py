@@ -36,22 +36,19 @@ import numpy as np
 from ortools.linear_solver import pywraplp
 
 from lohan_fx.planner.choice import SECONDS_PER_DAY
-from lohan_fx.planner.cost import (
-    FETCH_SHARE,
+from lohan_fx.planner.ledger import FETCH_SHARE, WINDOW_SHARE, Room, gradient_interval
+from lohan_fx.planner.lots import SORTS, Lot, Stock, stock
+from lohan_fx.planner.problem import PAGE, BucketPlace, Overlap, Place, Problem
+from lohan_fx.planner.solution import Forced
+from lohan_fx.planner.traffic import (
     LANES,
     NUM_PHASES,
-    WINDOW_SHARE,
     Floats,
     Ints,
-    Room,
-    gradient_interval,
     lane_seconds,
     optimizer_phase,
     stage_traffic,
 )
-from lohan_fx.planner.lots import SORTS, Lot, Stock, stock
-from lohan_fx.planner.problem import PAGE, BucketPlace, Overlap, Place, Problem
-from lohan_fx.planner.solution import Forced
 
 _GPU, _H2D, _D2H, _READ, _WRITE, _ADAM, _DRAM = range(len(LANES))
 

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from lohan_fx.planner.choice import Excess, Scarce, excess_bytes
-from lohan_fx.planner.cost import (
+from lohan_fx.planner.least import is_redone_in_place
+from lohan_fx.planner.ledger import Ledger, Room
+from lohan_fx.planner.places import activation_places, bucket_places
+from lohan_fx.planner.problem import Activation, Bucket, BucketPlace, Place, Problem
+from lohan_fx.planner.solution import Forced
+from lohan_fx.planner.traffic import (
     TRAFFIC_WIDTH,
     Floats,
     Ints,
-    Ledger,
-    Room,
-    activation_places,
     activation_traffic,
-    bucket_places,
     bucket_traffic,
     lane_seconds,
     phase_seconds,
@@ -30,9 +31,6 @@ from lohan_fx.planner.cost import (
     weight_section_bytes,
     written_bytes,
 )
-from lohan_fx.planner.least import is_redone_in_place
-from lohan_fx.planner.problem import Activation, Bucket, BucketPlace, Place, Problem
-from lohan_fx.planner.solution import Forced
 
 # Share of every lane's busy seconds in the score. Small enough never to outweigh a real gain of the
 # step (lanes are at most seven), large enough to stand out from rounding.

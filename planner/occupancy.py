@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lohan_fx.planner.cost import Ledger, activation_spans, bucket_spans
+from lohan_fx.planner.ledger import Ledger, activation_spans, bucket_spans
 from lohan_fx.planner.problem import Place
 from lohan_fx.planner.solution import Windows
 

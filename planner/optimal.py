@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner.choice import NotFaster, all_on_gpu, excess_of, finish, rank, replayed
-from lohan_fx.planner.cost import Ledger, Room, step_seconds
+from lohan_fx.planner.cost import step_seconds
 from lohan_fx.planner.greedy import greedy, improve
 from lohan_fx.planner.least import check_forced, is_redone_in_place
+from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.lots import Lot
 from lohan_fx.planner.moves import AnyPlace, Search, group_items
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from lohan_fx.planner.choice import NotFaster, fits_at_all, fitting, replayed
-from lohan_fx.planner.cost import Ledger, Room
 from lohan_fx.planner.least import check_forced, is_redone_in_place
+from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.problem import (
     Activation,
     Bucket,

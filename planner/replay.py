@@ -16,12 +16,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import NamedTuple
 
 from lohan_fx.errors import LohanError
-from lohan_fx.planner.cost import (
-    state_buffer_bytes,
-    state_section_bytes,
-    update_bytes,
-    weight_section_bytes,
-)
 from lohan_fx.planner.fluid import LANE_NAMES, Fluid, Item, Job, Lane
 from lohan_fx.planner.pipeline import Pipeline, Stage, Task
 from lohan_fx.planner.problem import (
@@ -36,6 +30,12 @@ from lohan_fx.planner.problem import (
 )
 from lohan_fx.planner.solution import Windows
 from lohan_fx.planner.steps import PassProgram, step_program
+from lohan_fx.planner.traffic import (
+    state_buffer_bytes,
+    state_section_bytes,
+    update_bytes,
+    weight_section_bytes,
+)
 
 # Classes of GPU memory that vary, in the order of `Replay.memory`.
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, WORKSPACE = range(5)

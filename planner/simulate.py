@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lohan_fx.planner import replay
-from lohan_fx.planner.cost import Ledger, accumulator_bytes, estimate
-from lohan_fx.planner.cost import state_section_bytes as state_bytes
+from lohan_fx.planner.cost import estimate
 from lohan_fx.planner.fluid import LANE_NAMES, Item, Job, Lane
+from lohan_fx.planner.ledger import Ledger
 from lohan_fx.planner.problem import (
     GPU_ALIGN,
     BucketPlace,
@@ -26,6 +26,8 @@ from lohan_fx.planner.problem import (
 )
 from lohan_fx.planner.replay import Mark, Replay
 from lohan_fx.planner.solution import Prediction, Windows
+from lohan_fx.planner.traffic import accumulator_bytes
+from lohan_fx.planner.traffic import state_section_bytes as state_bytes
 
 MEMORY_CLASSES = ("weights", "gradients", "optimizer", "activations", "workspace", "buffers")
 # Steps are the same when they differ by less than this share; after so many, the last one counts.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lohan_fx.planner.cost import backward_intervals, readers_first
+from lohan_fx.planner.places import backward_intervals, readers_first
 from lohan_fx.planner.problem import Bucket, BucketPlace, Place, Problem
 from lohan_fx.planner.schedule import (
     Placed,

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 
 from lohan_fx.planner.choice import SECONDS_PER_DAY
-from lohan_fx.planner.cost import Ledger, Room
 from lohan_fx.planner.least import least_bytes, start
+from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.moves import AnyPlace, Search
 from lohan_fx.planner.problem import NothingFits, Place, Problem
 from lohan_fx.planner.solution import Forced, Solution
