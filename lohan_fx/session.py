@@ -92,6 +92,7 @@ _PHASES = {
     "split": "Splitting the graph",
     "lower forward": "Compiling the forward",
     "lower backward": "Compiling the backward",
+    "await kernels": "Compiling kernels",
     "place again": "Placing anew",
 }
 

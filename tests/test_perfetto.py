@@ -65,6 +65,9 @@ class Read:
                 if track.parent_uuid:
                     found.parents[process.process.process_name].add(track.name)
                 continue
+            if not packet.HasField("track_event"):
+                assert packet.sequence_flags == 1 and not tracks  # the writer begins
+                continue
             event = packet.track_event
             uuid = event.track_uuid
             key = process_of[uuid], tracks[uuid].name

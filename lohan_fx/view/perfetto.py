@@ -96,6 +96,8 @@ class _Writer:
         self._descriptor = protos.TrackDescriptor
         self._counter = protos.CounterDescriptor
         self._trace = protos.Trace()
+        # Some readers skip events of a writer that has not said where it begins.
+        self._packet().sequence_flags = protos.TracePacket.SEQ_INCREMENTAL_STATE_CLEARED
         self._num_tracks = 0
         self._num_processes = 0
 
