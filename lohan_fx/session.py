@@ -30,7 +30,7 @@ import torch
 
 from .budget import Budget
 from .compiler.buckets import ParamInfo, bucket_numel_for, first_uses, make_buckets
-from .compiler.capture import Backend, Decision, Traced, owned
+from .compiler.capture import Backend, Decision, Traced, owned, paused_collector
 from .compiler.dynamo import (
     LeftToEager,
     compiler_settings,
@@ -70,7 +70,6 @@ from .planner import (
     accumulator_bytes,
     default_overlap,
     in_turns,
-    solve,
     validate,
 )
 from .program import Bucket, BucketPlacement, Names, ParamSpec, Tier
@@ -78,6 +77,7 @@ from .progress import progress_of_phase
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
 from .runtime.buckets import stored_pieces
 from .runtime.recorder import Recorder
+from .solutions import solved
 from .step import TracedStep
 from .tracing import Trace
 from .units import format_bytes
@@ -703,8 +703,10 @@ class Session:
             return self._run(self._evaluations[id(module)][1], (), kwargs)
 
     def _run(self, compiled: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        # The first call makes what stays; later ones make little besides.
+        collector = nullcontext() if self.captured else paused_collector()
         try:
-            with self.params.exposed(), compiler_settings():
+            with self.params.exposed(), compiler_settings(), collector:
                 return compiled(*args, **kwargs)
         except Exception as error:
             self._undo_call()
@@ -925,7 +927,7 @@ class Session:
         try:
             if callable(policy):
                 return policy(problem, forced)
-            return solve(problem, policy=policy, forced=forced)
+            return solved(problem, policy, forced)
         except InfeasiblePlan as error:
             if problem.accumulates:
                 error.args = (

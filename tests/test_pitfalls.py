@@ -6,6 +6,7 @@ Runs over plain ATen regions; the same graphs under Inductor differ inside of re
 from __future__ import annotations
 
 import ast
+import gc
 import operator
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from training import CASES, RandomPolicy, loss_of
 
 import lohan_fx
 from lohan_fx import ops
+from lohan_fx.compiler.capture import paused_collector
 from lohan_fx.compiler.values import storage_root
 from lohan_fx.errors import CaptureError, TrainingLoopError
 from lohan_fx.planner import (
@@ -468,11 +470,13 @@ def test_no_python_thread_is_started(tmp_path: Path) -> None:
     assert {type(thread).__name__ for thread in started} <= {"TMonitor"}
     model.close()
     package = Path(lohan_fx.__file__).parent
-    # Saving, loading, probing and the first placing use threads, for as long as they last.
+    # Saving, loading, probing and the first placing use threads, for as long as they last; progress of
+    # these needs a lock.
     files = [
         f
         for f in package.rglob("*.py")
-        if not {"checkpoint", "probe"} & set(f.parts) and f.name != "placing.py"
+        if not {"checkpoint", "probe"} & set(f.parts)
+        and f.name not in ("placing.py", "progress.py")
     ]
     assert len(files) > 50
     for file in files:
@@ -482,6 +486,22 @@ def test_no_python_thread_is_started(tmp_path: Path) -> None:
                 names = [node.module or ""]
             banned = ("threading", "concurrent.futures", "multiprocessing")
             assert not any(name.startswith(banned) for name in names), file
+
+
+def test_what_a_capture_makes_is_old_to_the_garbage_collector() -> None:
+    assert gc.isenabled()
+    with paused_collector():
+        assert not gc.isenabled()
+        made = [[] for _ in range(5000)]  # type: ignore[var-annotated]
+    assert gc.isenabled()
+    assert any(item is made[0] for item in gc.get_objects(generation=2))
+    gc.disable()
+    try:
+        with paused_collector():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_capture_logs_nothing_at_all(

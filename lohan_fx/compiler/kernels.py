@@ -92,9 +92,14 @@ def can_defer() -> bool:
 
 
 def warm_workers(device: torch.device) -> None:
-    """Start the worker processes for Triton, which takes them seconds; nothing where they are not used.
+    """Start what Inductor needs seconds for, beside what is done before: the digest of its source, and
+    the worker processes for Triton.
 
-    Inductor does this when Dynamo looks it up by name. Until they are ready it compiles in this process.
+    Inductor does this when Dynamo looks it up by name. Until the workers are ready it compiles in this
+    process.
     """
+    prefetch = getattr(codecache.torch_key, "prefetch", None)  # torch 2.12 and later
+    if prefetch is not None:
+        prefetch()
     if device.type == "cuda":
         async_compile.maybe_warm_pool()

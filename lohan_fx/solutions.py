@@ -1,0 +1,104 @@
+"""Solutions kept on disk, so that the same step under the same budget is planned once.
+
+A file holds one solution as JSON. Its name is a digest of all that a solver sees (the problem with its
+capacities and seconds, the policy, what is forced) and of the planner's own source, so it can be out of
+date in nothing. What is read is data, and checked as any solution is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from lohan_fx import planner
+from lohan_fx.errors import LohanError
+from lohan_fx.hardware import cache_dir
+from lohan_fx.planner import Forced, Problem, Solution, solve, validate
+
+log = logging.getLogger(__name__)
+
+MAX_FILES = 64
+MAX_BYTES = 64 << 20  # of one file; that of gpt-175b has 0.5 MB
+# A solution that was found sooner is not worth a file.
+WORTH_S = 0.5
+
+
+def solved(problem: Problem, policy: str, forced: Forced) -> Solution:
+    """As planner.solve, unless the same was solved before. Raises what that raises."""
+    path = cache_dir() / "solutions" / f"{_digest(problem, policy, forced)}.json"
+    known = _read(path, problem)
+    if known is not None:
+        return known
+    began = time.perf_counter()
+    solution = solve(problem, policy=policy, forced=forced)
+    if time.perf_counter() - began >= WORTH_S:
+        _write(path, solution)
+    return solution
+
+
+def _digest(problem: Problem, policy: str, forced: Forced) -> str:
+    wanted = [
+        policy,
+        sorted((index, str(p.weight), str(p.state)) for index, p in forced.buckets.items()),
+        sorted((index, str(place)) for index, place in forced.activations.items()),
+    ]
+    text = "\n".join((_planner_digest(), json.dumps(wanted), problem.to_json()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _planner_digest() -> str:
+    """Of the planner's source: another version may plan otherwise."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(planner.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _read(path: Path, problem: Problem) -> Solution | None:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise LohanError(f"it has more than {MAX_BYTES} bytes")
+        solution = Solution.from_json(path.read_text(encoding="utf-8"))
+        faults = validate(problem, solution)
+        if faults:
+            raise LohanError(f"it breaks a rule: {faults[0]}")
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever is in the file must not end a run
+        log.warning("%s is not used, the step is planned anew: %s", path, error)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # the least recently used files go first
+    return solution
+
+
+def _write(path: Path, solution: Solution) -> None:
+    """All or nothing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(solution.to_json())
+        os.replace(file.name, path)
+        _drop_old(path.parent)
+    except OSError as error:
+        log.info("the solution cannot be kept in %s: %s", path, error)
+
+
+def _drop_old(folder: Path) -> None:
+    """Keep the MAX_FILES files used last; what a process left that died while writing goes too."""
+    found = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in found[MAX_FILES:]:
+        with contextlib.suppress(OSError):
+            file.unlink()
