@@ -8,6 +8,7 @@ traffic   what items move over lanes, and the seconds that lanes are busy with i
 ledger    traffic, bytes in every tier and windows of one placement, item by item
 cost      the estimate of the step that solvers search with
 simulate  a step replayed moment by moment; where predictions come from
+replay    the host that a simulation follows; its parts are streams, updates, pipeline and fluid
 least     where a search begins; the least each tier must hold
 occupancy what lies in a tier at one moment
 moves     moves of groups of identical items

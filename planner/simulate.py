@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lohan_fx.planner import replay
+from lohan_fx.planner import streams
 from lohan_fx.planner.cost import estimate
 from lohan_fx.planner.fluid import LANE_NAMES, Item, Job, Lane
 from lohan_fx.planner.ledger import Ledger
@@ -24,8 +24,9 @@ from lohan_fx.planner.problem import (
     Problem,
     align_up,
 )
-from lohan_fx.planner.replay import Mark, Replay
+from lohan_fx.planner.replay import Replay
 from lohan_fx.planner.solution import Prediction, Windows
+from lohan_fx.planner.streams import Mark
 from lohan_fx.planner.traffic import accumulator_bytes
 from lohan_fx.planner.traffic import state_section_bytes as state_bytes
 
@@ -273,12 +274,12 @@ def _memory(
     used = [0] * len(MEMORY_CLASSES)
     for bucket, place in zip(problem.buckets, buckets, strict=True):
         if place.weight is Place.GPU:
-            used[replay.WEIGHTS] += align_up(bucket.weight_bytes, GPU_ALIGN)
+            used[streams.WEIGHTS] += align_up(bucket.weight_bytes, GPU_ALIGN)
         if bucket.trainable and place.state is Place.GPU:
-            used[replay.OPTIMIZER] += state_bytes(bucket)
+            used[streams.OPTIMIZER] += state_bytes(bucket)
             if problem.accumulates:
-                used[replay.GRADIENTS] += accumulator_bytes(bucket)
-    used[replay.WORKSPACE] += problem.fixed_gpu_bytes
+                used[streams.GRADIENTS] += accumulator_bytes(bucket)
+    used[streams.WORKSPACE] += problem.fixed_gpu_bytes
     times, rows = [0.0], [tuple(used)]
     for now_s, changes in itertools.groupby(run.memory, key=lambda change: change[0]):
         if now_s > end_s:
