@@ -1,10 +1,10 @@
 """Values on their way into the tiers, in another thread, while the step that needs them is compiled.
 
-Pinning, converting and copying are native work, lowering is Python that waits for compilers: side by
+Pinning, converting and copying are native work, compiling is Python that waits for workers: side by
 side they take as long as the longer one. The thread is gone before the first step runs.
 
-[Note: placing is reversible] It begins once the plan is woven, so that hardly anything can fail but
-lowering. Whoever does not get to the first step calls `cancel`: the bucket under way is finished and
+[Note: placing is reversible] It begins once there is a plan, so that hardly anything can fail but
+compiling. Whoever does not get to the first step calls `cancel`: the bucket under way is finished and
 all are given back, so that the values are as they were.
 """
 

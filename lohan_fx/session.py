@@ -1,13 +1,13 @@
 """The session behind one compiled model: parameters, plan, programs and runtime, and their order.
 
 A session goes one way: parameters are taken over at once; the first captured step brings the plan and
-the runtime; values move into their tiers while that step is lowered. Further input shapes add
+the runtime; values move into their tiers while that step is compiled. Further input shapes add
 programs, under the same placements if those can work.
 
 [Note: a program has its placements] Windows are sized, and weights waited for, by one plan. Where the
 next program to run has another plan, values and windows move first. A capture happens under Dynamo's
 fake tensors and may fail, so nothing moves before it is complete; but the first placing of all, in a
-thread of its own, begins with lowering and is undone where that fails (placing.py).
+thread of its own, begins with the plan and is undone where what follows fails (placing.py).
 
 [Note: shapes in turns] Batches of two shapes may alternate for a whole run, so that their programs
 should have the same placements and staging. A new shape is planned under the placements that there
@@ -167,6 +167,8 @@ class Session:
         self.captured: list[Captured] = []
         self.traced: TracedStep | None = None  # where settings.trace_only
         self.seconds: dict[str, float] = {}  # spent before steps could run, by what on
+        self._inner: list[float] = [0.0]  # seconds of what is timed within each open `timed` block
+        self._call_began = 0.0, 0.0  # when, and what had been timed by then
         self._optimizer: weakref.ref[Adam] | None = None
         self._pending_state: dict[int, Mapping[str, Any]] = {}
         self._placing: tuple[Placing, Captured] | None = None  # the first one, under way
@@ -474,6 +476,7 @@ class Session:
                 verify_io=settings.verify_io,
             )
             self.runtime.record(self.recorder)
+            self._begin_placing(captured)
         placements = captured.placements
         windows = solution.windows
         return Decision(
@@ -513,22 +516,27 @@ class Session:
         )
         if self.settings.plan_only:
             raise PlanReady("planned")
-        if not self._adopted and self._placing is None:
-            self._begin_placing(captured)
 
     def keep(self, index: int, part: str, skeleton: Skeleton) -> None:
         self.captured[index].skeletons[part] = skeleton
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add what the block takes to `seconds`, and show what goes on if it is one of `_PHASES`."""
+        """Add what the block takes, less what is timed within it, to `seconds`, and show what goes on if
+        it is one of `_PHASES`."""
         start = time.perf_counter()
         words = _PHASES.get(what)
+        self._inner.append(0.0)
         try:
             with nullcontext() if words is None else progress_of_phase(words):
                 yield
         finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+            took = time.perf_counter() - start
+            self._add_seconds(what, took - self._inner.pop())
+            self._inner[-1] += took
+
+    def _add_seconds(self, what: str, seconds: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
     def prepare(self, index: int) -> None:
         """Before a program runs: its values in their tiers, its windows, its optimizer.
@@ -549,6 +557,10 @@ class Session:
         if index not in self._known:
             runtime.add_program(captured.woven.program, self._names_of(captured))
             self._known.add(index)
+            began, timed = self._call_began
+            self._add_seconds(
+                "Dynamo and AOTAutograd", time.perf_counter() - began - (self._inner[0] - timed)
+            )
         if not self._adopted:
             self._end_placing()
         if not self._is_placed(captured) or self._must_restage(captured):
@@ -603,7 +615,7 @@ class Session:
         placing, captured = self._placing
         with self.timed("await placing"):
             placing.wait()
-        self.seconds["place, beside lowering"] = placing.seconds
+        self.seconds["place, beside compiling"] = placing.seconds
         self._adopted, self._placed, self._staged = True, captured, captured.options
         self._placing = None
         pending = self._pending_state
@@ -705,6 +717,7 @@ class Session:
     def _run(self, compiled: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         # The first call makes what stays; later ones make little besides.
         collector = nullcontext() if self.captured else paused_collector()
+        self._call_began = time.perf_counter(), self._inner[0]
         try:
             with self.params.exposed(), compiler_settings(), collector:
                 return compiled(*args, **kwargs)

@@ -202,7 +202,8 @@ class _Step:
         options.pop("compiler", None)
         host = self._host
         if host.lowering == "inductor":
-            module = self._joint_passes(module)
+            with host.timed("joint passes"):
+                module = self._joint_passes(module)
         stages = assign_stages(module.graph)
         joint = Joint(
             module=module,
@@ -219,6 +220,22 @@ class _Step:
         saved = [node for c in candidates if c.index in decision.saved for node in c.nodes]
         with host.timed("split"):
             forward, backward = split(joint, saved)
+        with host.timed("weave"):
+            woven = self._weave(forward, backward, decision, candidates, num_fwd_outputs)
+        self._index = decision.index
+        host.accept(woven)
+        assert woven.backward is not None
+        return woven.forward, woven.backward
+
+    def _weave(
+        self,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        decision: Decision,
+        candidates: Sequence[Candidate],
+        num_forward_outputs: int,
+    ) -> Woven:
+        host = self._host
         settle_stragglers(forward.graph)
         inherit_stages(backward.graph)
         woven = weave_training(
@@ -226,7 +243,7 @@ class _Step:
             backward,
             index=decision.index,
             number=decision.number,
-            num_forward_outputs=num_fwd_outputs,
+            num_forward_outputs=num_forward_outputs,
             param_index=self._param_index,
             layout=decision.layout,
             swapped={
@@ -241,10 +258,7 @@ class _Step:
             param_names=host.names,
         )
         check_moves(woven)
-        self._index = decision.index
-        host.accept(woven)
-        assert woven.backward is not None
-        return woven.forward, woven.backward
+        return woven
 
     def compile_forward(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         return self._run(module, "forward", prepare=True)
