@@ -145,7 +145,7 @@ Of the jobs that can be updated, that of the lowest rank comes first.)")
            py::arg("rank") = 0)
       .def_readonly("name", &AdamJob::name)
       .def_readonly("numel", &AdamJob::numel)
-      .def_property_readonly("buffer_bytes", &AdamPipeline::buffer_bytes,
+      .def_property_readonly("buffer_bytes", &buffer_bytes,
                              "Bytes of a state buffer that this job takes; 0 if it needs none.");
 
   using Release = py::call_guard<py::gil_scoped_release>;

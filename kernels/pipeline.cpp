@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstring>
 #include <exception>
 #include <optional>
 #include <stdexcept>
@@ -15,62 +14,8 @@
 namespace lohan_fx {
 namespace {
 
-constexpr std::size_t kPage = 4096;  // what direct I/O asks of memory, offsets and sizes
-
-std::size_t round_up_page(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
-
-std::size_t dtype_bytes(Dtype dtype) {
-  return dtype == Dtype::none ? 0 : dtype == Dtype::f32 ? 4 : 2;
-}
-
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-bool aligned(const void* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % kPage == 0; }
-
-// An array of a job, however it is kept.
-struct Array {
-  const Place* place;
-  std::size_t bytes;
-  const char* what;
-  bool read;  // its old value is needed
-};
-
-std::vector<Array> arrays_of(const AdamJob& job) {
-  if (!job.updates()) return {};
-  const std::size_t f32 = job.numel * 4;
-  std::vector<Array> arrays{{&job.master, f32, "master weights", true},
-                            {&job.exp_avg, f32, "exp_avg", true},
-                            {&job.exp_avg_sq, f32, "exp_avg_sq", true}};
-  if (job.out_dtype != Dtype::none)
-    arrays.push_back({&job.out, job.numel * dtype_bytes(job.out_dtype), "16-bit weights", false});
-  return arrays;
-}
-
-bool share_bytes(const AdamJob& a, const AdamJob& b) {
-  for (const Array& x : arrays_of(a))
-    for (const Array& y : arrays_of(b))
-      if (x.place->extent != 0 && x.place->extent == y.place->extent &&
-          x.place->offset < y.place->offset + y.bytes && y.place->offset < x.place->offset + x.bytes)
-        return true;
-  return false;
-}
-
-// Zeros what no segment fills of 16-bit weights in a state buffer: what the buffer held before must not
-// reach the disk.
-void zero_gaps(const AdamJob& job, char* out) {
-  std::vector<std::pair<std::size_t, std::size_t>> filled;  // [begin, end) in bytes
-  for (const Segment& segment : job.segments)
-    filled.emplace_back(2 * segment.offset, 2 * (segment.offset + segment.numel));
-  std::sort(filled.begin(), filled.end());
-  const std::size_t end = round_up_page(2 * job.numel);
-  filled.emplace_back(end, end);
-  std::size_t at = 0;
-  for (const auto& [begin, next] : filled) {
-    std::memset(out + at, 0, begin - at);
-    at = next;
-  }
 }
 
 std::string seconds(double s) {
@@ -165,13 +110,6 @@ struct AdamPipeline::Task {
   }
 };
 
-std::size_t AdamPipeline::buffer_bytes(const AdamJob& job) {
-  std::size_t bytes = 0;
-  for (const Array& array : arrays_of(job))
-    if (array.place->host == nullptr) bytes += round_up_page(array.bytes);
-  return bytes;
-}
-
 AdamPipeline::AdamPipeline(PipelineOptions options, std::shared_ptr<FileEngine> engine,
                            std::vector<StateBuffer> buffers)
     : options_(options), engine_(std::move(engine)) {
@@ -209,7 +147,7 @@ void AdamPipeline::close() {
 
 void AdamPipeline::set_state_buffers(std::vector<StateBuffer> buffers) {
   for (const StateBuffer& buffer : buffers)
-    if (buffer.data == nullptr || !aligned(buffer.data) || buffer.bytes == 0)
+    if (buffer.data == nullptr || !page_aligned(buffer.data) || buffer.bytes == 0)
       throw std::invalid_argument("a state buffer must be 4096-byte aligned and not empty");
   const std::lock_guard lock(mutex_);
   if (!tasks_.empty())
@@ -226,62 +164,9 @@ void AdamPipeline::set_state_buffers(std::vector<StateBuffer> buffers) {
   }
 }
 
-void AdamPipeline::validate(const AdamJob& job) const {
-  const auto refuse = [&](const std::string& why) {
-    throw std::invalid_argument("optimizer job '" + job.name + "': " + why);
-  };
-  const auto takes = [](const Segment& segment) { return segment.add != Add::keep; };
-  const bool adds = std::any_of(job.segments.begin(), job.segments.end(), takes);
-  if (job.grad == nullptr && (adds || job.accum == nullptr)) refuse("no gradient");
-  if (job.accum == nullptr && (adds || job.magnitudes != nullptr)) refuse("no sums to add to or measure");
-  if (job.grad_dtype == Dtype::none) refuse("no gradient dtype");
-  if (job.out_dtype == Dtype::f32) refuse("the output has 16 bits; an fp32 weight is the master itself");
-
-  for (const Array& array : arrays_of(job)) {
-    const Place& place = *array.place;
-    const std::string what = array.what;
-    const bool both = place.host != nullptr && place.extent != 0;
-    if (place.host == nullptr && place.extent == 0) refuse(what + ": neither in memory nor on SSD");
-    if (both && place.host != job.out.host) refuse(what + ": both in memory and on SSD");
-    if (both && !aligned(place.host)) refuse(what + ": written to SSD from memory not 4096-byte aligned");
-    if (place.extent != 0 && place.offset % kPage != 0) refuse(what + ": offset not a multiple of 4096");
-    if (place.extent != 0 && engine_ == nullptr) refuse(what + ": on SSD, but there is no file engine");
-  }
-  if (job.out_dtype == Dtype::none && (job.out.host != nullptr || job.out.extent != 0))
-    refuse("an output place without an output dtype");
-
-  if (job.out.host != nullptr) {
-    const auto grad = reinterpret_cast<std::uintptr_t>(job.grad);
-    const auto out = reinterpret_cast<std::uintptr_t>(job.out.host);
-    const bool overlap = out < grad + job.numel * dtype_bytes(job.grad_dtype) &&
-                         grad < out + job.numel * dtype_bytes(job.out_dtype);
-    if (overlap && (out != grad || job.grad_dtype == Dtype::f32))
-      refuse("the output may be the gradient's own memory only if both have 16 bits");
-  }
-
-  std::vector<Segment> sorted = job.segments;
-  std::sort(sorted.begin(), sorted.end(),
-            [](const Segment& a, const Segment& b) { return a.offset < b.offset; });
-  std::size_t end = 0;
-  for (const Segment& segment : sorted) {
-    if (segment.offset < end) refuse("two segments overlap at element " + std::to_string(segment.offset));
-    if (segment.offset > job.numel || segment.numel > job.numel - segment.offset)
-      refuse("the segment at element " + std::to_string(segment.offset) + " leaves the bucket");
-    if (job.updates() && segment.group >= job.groups.size())
-      refuse("a segment names group " + std::to_string(segment.group) + " of " +
-             std::to_string(job.groups.size()));
-    end = segment.offset + segment.numel;
-  }
-
-  if (!job.ready_events.empty()) {
-    std::string why;
-    if (CudaDriver::get(&why) == nullptr) refuse("has CUDA events, but no driver: " + why);
-  }
-}
-
 Ticket AdamPipeline::submit(AdamJob job) {
   std::erase(job.ready_events, std::uintptr_t{0});
-  validate(job);
+  validate(job, engine_ != nullptr);
   auto task = std::make_shared<Task>();
   for (const AdamStep& step : job.groups) task->factors.emplace_back(step);
   for (std::size_t index = 0; index < job.segments.size(); ++index) {

@@ -29,55 +29,11 @@
 #include <utility>
 #include <vector>
 
-#include "adam.h"
+#include "adam_job.h"
 #include "files.h"
 #include "thread_pool.h"
 
 namespace lohan_fx {
-
-// Where one array of a bucket lives. Exactly one of `host` and `extent` is set (see AdamJob::out for
-// the exception). `offset` is in bytes within the extent, a multiple of 4096.
-struct Place {
-  void* host = nullptr;
-  ExtentId extent = 0;
-  std::uint64_t offset = 0;
-};
-
-// What a segment's gradient does to the fp32 sums of AdamJob::accum: nothing, become them, be added.
-enum class Add : std::uint8_t { keep, set, add };
-
-// Elements [offset, offset + numel) of the bucket, updated with the scalars of groups[group].
-struct Segment {
-  std::size_t offset, numel, group;
-  Add add = Add::keep;
-};
-
-// One bucket's update. All host memory stays valid, and is left alone by others, until the job is done.
-//
-// [Note: accumulated gradients]
-// With `accum`, gradients go into these fp32 sums first, each segment as its `add` says, and the update
-// is made from the sums. Without groups there is no update: the job adds only, and needs no state.
-struct AdamJob {
-  std::string name;
-  std::size_t numel = 0;          // elements of every array, gaps between segments included
-  const void* grad = nullptr;
-  Dtype grad_dtype = Dtype::f32;
-  std::vector<Segment> segments;  // disjoint; what lies between them keeps its value
-  std::vector<AdamStep> groups;
-  float* accum = nullptr;             // sums of gradients, fp32; null where there are none
-  double* magnitudes = nullptr;       // receives (sum of squares, largest magnitude) of each segment's sums
-  Place master, exp_avg, exp_avg_sq;  // fp32
-  // New weights in 16 bit. With a host place and an extent both, they are written to the host place
-  // (4096-byte aligned, with room up to the next multiple) and from there to the extent. An extent alone
-  // is filled from a state buffer, its gaps with zeros. Dtype::none: the master is the weight.
-  Place out;
-  Dtype out_dtype = Dtype::none;
-  // CUevents that must be complete before the gradient is read and any weight is written.
-  std::vector<std::uintptr_t> ready_events;
-  std::int64_t rank = 0;  // see [Note: whose turn it is]
-
-  bool updates() const { return accum == nullptr || !groups.empty(); }
-};
 
 struct StateBuffer {
   void* data = nullptr;  // 4096-byte aligned
@@ -124,9 +80,6 @@ class AdamPipeline {
 
   // Only while no job is in flight.
   void set_state_buffers(std::vector<StateBuffer> buffers);
-
-  // Bytes of state buffer this job takes; 0 if nothing of it is on SSD only.
-  static std::size_t buffer_bytes(const AdamJob& job);
 
   // Throws std::invalid_argument for a job that makes no sense or fits no state buffer. Tickets grow
   // by one.
@@ -180,7 +133,6 @@ class AdamPipeline {
                       std::unique_lock<std::mutex>& lock);
   void update(Task& task);
   void wait_all(Task& task);
-  void validate(const AdamJob& job) const;
   void wait_until(const std::function<bool()>& reached, const std::function<std::string()>& missed,
                   double timeout_s, const std::function<void()>& between,
                   std::unique_lock<std::mutex>& lock) const;
