@@ -15,7 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from training import DEVICE, Batch, Case, Run, loss_of, to_device
+from training import (
+    DEVICE,
+    Batch,
+    Case,
+    Run,
+    loss_of,
+    masters_of,
+    on_cpu,
+    plain_model,
+    small_buckets,
+    take_masters,
+    to_device,
+)
 
 import lohan_fx
 from lohan_fx.planner import (
@@ -121,11 +133,7 @@ class Result:
 
 def plain(recipe: Recipe) -> Result:
     """The recipe in eager PyTorch."""
-    model = recipe.case.build().to(DEVICE).train()
-    params = dict(model.named_parameters())
-    masters = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
-    for param in params.values():
-        param.data = param.data.to(recipe.dtype)
+    model, params, masters = plain_model(recipe.case, recipe.dtype)
     optimizer = torch.optim.AdamW(masters.values(), **_adamw(recipe), foreach=False)
     scaler = torch.amp.GradScaler(**recipe.scaler_options)
     losses, norms, scales = [], [], []
@@ -151,12 +159,10 @@ def plain(recipe: Recipe) -> Result:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(masters[name])
+        take_masters(params, masters)
         losses.append(total)
         scales.append(scaler.get_scale())
-    return Result(Run(losses, {n: m.detach().cpu() for n, m in masters.items()}, norms), scales)
+    return Result(Run(losses, on_cpu(masters), norms), scales)
 
 
 def through_lohan(
@@ -168,21 +174,8 @@ def through_lohan(
     **options: Any,
 ) -> Result:
     """The recipe with everything in one tier, over plain ATen."""
-    options = {
-        "lowering": "aten",
-        "bucket_numel": 3000,
-        "poison": DEVICE.type == "cpu",
-        "policy": InOneTier(tier),
-    } | options
-    budget = f"gpu=1GB, dram=1GB, ssd={folder}:1GB"
-    model = lohan_fx.compile(
-        recipe.case.build().train(),
-        budget,
-        dtype=recipe.dtype,
-        device=DEVICE,
-        overlap=overlap,
-        **options,
-    )
+    options = {"policy": InOneTier(tier), "overlap": overlap} | options
+    model = small_buckets(recipe.case, recipe.dtype, folder, **options)
     try:
         optimizer = lohan_fx.AdamW(
             model.parameters(),
@@ -211,11 +204,9 @@ def through_lohan(
             losses.append(total)
             norms.append(optimizer.last_grad_norm)
             scales.append(scaler.get_scale())
-        names = [name for name, _ in model.named_parameters()]
-        state = optimizer.state_dict()["state"]
+        weights = masters_of(model, optimizer)
         if check is not None:
             check(model, optimizer)
-        weights = {name: state[i]["master"] for i, name in enumerate(names)}
         return Result(Run(losses, weights, norms), scales)
     finally:
         model.close()

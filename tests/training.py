@@ -211,6 +211,49 @@ def loss_of(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output.loss
 
 
+def plain_model(
+    case: Case, dtype: torch.dtype, device: torch.device = DEVICE
+) -> tuple[nn.Module, dict[str, nn.Parameter], dict[str, torch.Tensor]]:
+    """A model that computes in `dtype`, its parameters, and their fp32 masters to be updated."""
+    model = case.build().to(device).train()
+    params = dict(model.named_parameters())
+    masters = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+    for param in params.values():
+        param.data = param.data.to(dtype)
+    return model, params, masters
+
+
+@torch.no_grad()
+def take_masters(params: dict[str, nn.Parameter], masters: dict[str, torch.Tensor]) -> None:
+    for name, param in params.items():
+        param.copy_(masters[name])
+
+
+def on_cpu(masters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: master.detach().cpu() for name, master in masters.items()}
+
+
+def small_buckets(
+    case: Case,
+    dtype: torch.dtype,
+    folder: Path,
+    budget: str = "gpu=1GB, dram=1GB",
+    device: torch.device = DEVICE,
+    **options: Any,
+) -> Any:
+    """Compiled over plain ATen, in small buckets so that placements can differ within a layer."""
+    options = {"lowering": "aten", "bucket_numel": 3000, "poison": device.type == "cpu"} | options
+    return lohan_fx.compile(
+        case.build().train(), f"{budget}, ssd={folder}:1GB", dtype=dtype, device=device, **options
+    )
+
+
+def masters_of(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
+    """fp32 weights by parameter name."""
+    state = optimizer.state_dict()["state"]
+    return {name: state[i]["master"] for i, (name, _) in enumerate(model.named_parameters())}
+
+
 def train_plain(
     case: Case,
     dtype: torch.dtype,
@@ -221,11 +264,7 @@ def train_plain(
     device: torch.device = DEVICE,
 ) -> Run:
     """Eager PyTorch: compute in `dtype`, fp32 masters, torch.optim.AdamW, clip_grad_norm_."""
-    model = case.build().to(device).train()
-    params = dict(model.named_parameters())
-    masters = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
-    for param in params.values():
-        param.data = param.data.to(dtype)
+    model, params, masters = plain_model(case, dtype, device)
     optimizer = torch.optim.AdamW(masters.values(), lr=lr, weight_decay=0.01, foreach=False)
     losses, norms = [], []
     for step in range(steps):
@@ -239,12 +278,10 @@ def train_plain(
         if max_grad_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(list(masters.values()), max_grad_norm).item()
         optimizer.step()
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(masters[name])
+        take_masters(params, masters)
         losses.append(loss.item())
         norms.append(norm)
-    return Run(losses, {n: m.detach().cpu() for n, m in masters.items()}, norms)
+    return Run(losses, on_cpu(masters), norms)
 
 
 def train_lohan(
@@ -260,11 +297,8 @@ def train_lohan(
     check: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> Run:
-    """The same through lohan_fx, with small buckets so that placements can differ within a layer."""
-    options = {"lowering": "aten", "bucket_numel": 3000, "poison": device.type == "cpu"} | options
-    model = lohan_fx.compile(
-        case.build().train(), f"{budget}, ssd={folder}:1GB", dtype=dtype, device=device, **options
-    )
+    """The same through lohan_fx."""
+    model = small_buckets(case, dtype, folder, budget, device, **options)
     try:
         optimizer = lohan_fx.AdamW(
             model.parameters(), lr=lr, weight_decay=0.01, max_grad_norm=max_grad_norm
@@ -279,9 +313,7 @@ def train_lohan(
             optimizer.zero_grad()
             losses.append(loss.item())
             norms.append(optimizer.last_grad_norm)
-        names = [name for name, _ in model.named_parameters()]
-        state = optimizer.state_dict()["state"]
-        weights = {name: state[i]["master"] for i, name in enumerate(names)}
+        weights = masters_of(model, optimizer)
         if check is not None:
             check(model)
         return Run(losses, weights, norms)
