@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 
 from hypothesis import given, settings
-from problems import deep, irregular, problems
+from problems import bucket, deep, irregular, lanes, problem, problems, stage
 
 from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner import (
     SOLVERS,
     BucketPlace,
     Ledger,
+    Overlap,
     Place,
     Problem,
     Room,
@@ -84,6 +85,19 @@ def test_no_placement_at_all_is_below_the_bound(question: Problem) -> None:
     assert answer.optimality.bound_s <= least * (1 + 1e-6)
     own = step_seconds(question, answer.buckets, answer.activations, answer.windows)
     assert answer.optimality.bound_s <= own * (1 + 1e-6)
+
+
+def test_seconds_next_to_nothing_do_not_keep_a_problem_from_having_a_bound() -> None:
+    question = problem(
+        tuple(stage(index, 0.1) for index in range(4)),
+        (bucket(0, 0, weight_mib=1, in_backward=False),),
+        gpu=2,
+        dram=10,
+        ssd=0,
+        rates=lanes(duplex_factor=0.5, ssd_simplex=False),
+        overlap=Overlap.NEXT_FORWARD,
+    )
+    assert solve(question, "optimal").optimality is not None
 
 
 @settings(max_examples=25, deadline=None)
