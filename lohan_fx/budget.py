@@ -119,13 +119,16 @@ class Budget:
     def resolve(self, machine: Machine | None = None) -> Budget:
         """The same budget with every None filled in from what the machine has free, less a margin.
 
-        Without `machine` it is this one, now. Sizes asked for are kept as they are, free or not.
+        Without `machine` it is this one, now. What is free is rounded down by up to 1/64, so that it is
+        mostly the same from run to run, and with it the plan. Sizes asked for are kept as they are,
+        free or not.
         """
         machine = Machine.here() if machine is None else machine
         dram = self.dram
         if dram is None:
             free = machine.dram_free_bytes
             dram = max(0, free - max(free // _MARGIN_SHARE, min(_DRAM_MARGIN_BYTES, free // 2)))
+            dram = _steady(dram)
         ssd = self.ssd
         if ssd is None:
             ssd = ((None, None),) if machine.default_ssd_dir is not None else ()
@@ -189,6 +192,12 @@ def _ssd_words(path: Path | None, capacity: int | None) -> str:
     return ":".join(words) or "any"
 
 
+def _steady(free_bytes: int) -> int:
+    """Rounded down to seven significant bits."""
+    step: int = 1 << max(0, free_bytes.bit_length() - 7)
+    return free_bytes // step * step
+
+
 def _resolve_ssd(entry: SsdDir, machine: Machine) -> SsdDir:
     path, capacity = entry
     path = path or machine.default_ssd_dir
@@ -196,7 +205,7 @@ def _resolve_ssd(entry: SsdDir, machine: Machine) -> SsdDir:
         raise BudgetError("no directory on a disk was found for the SSD; write ssd=/a/dir:size")
     if capacity is None:
         free = machine.ssd_free_bytes(path)
-        capacity = free - free // _MARGIN_SHARE
+        capacity = _steady(free - free // _MARGIN_SHARE)
     return path, capacity
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_a_budget_that_cannot_be_read_says_where(text: str, words: str) -> None:
 MACHINE = Machine(
     gpu_bytes=24 * GIB,
     dram_free_bytes=100 * GIB,
-    ssd_free_bytes=lambda path: {"/scratch": 1000, "/mnt/a": 500}[str(path)] * 10**9,
+    ssd_free_bytes=lambda path: {"/scratch": 1000, "/mnt/a": 500}[str(path)] * GIB,
     default_ssd_dir=Path("/scratch"),
 )
 
@@ -130,14 +131,24 @@ def test_what_a_budget_leaves_out_is_what_the_machine_has_less_a_tenth() -> None
     budget = Budget(gpu=10).resolve(MACHINE)
     assert budget.gpu == 10
     assert budget.dram == 90 * GIB
-    assert budget.ssd == ((Path("/scratch"), 900 * 10**9),)
-    assert budget.capacities() == Capacities(10, 90 * GIB, 900 * 10**9)
+    assert budget.ssd == ((Path("/scratch"), 896 * GIB),)
+    assert budget.capacities() == Capacities(10, 90 * GIB, 896 * GIB)
+
+
+@pytest.mark.parametrize("more", [0, 1, 10**6, 500 * 10**6])
+def test_what_comes_and_goes_on_a_machine_does_not_change_the_budget(more: int) -> None:
+    machine = dataclasses.replace(
+        MACHINE,
+        dram_free_bytes=MACHINE.dram_free_bytes + more,
+        ssd_free_bytes=lambda path: MACHINE.ssd_free_bytes(path) + more,
+    )
+    assert Budget(gpu=10).resolve(machine) == Budget(gpu=10).resolve(MACHINE)
 
 
 def test_what_a_budget_says_is_kept_and_only_the_rest_filled_in() -> None:
     budget = Budget.parse("gpu=1GB,dram=500GB,ssd=2TB+/mnt/a").resolve(MACHINE)
     assert budget.dram == 500 * 10**9
-    assert budget.ssd == ((Path("/scratch"), 2 * 10**12), (Path("/mnt/a"), 450 * 10**9))
+    assert budget.ssd == ((Path("/scratch"), 2 * 10**12), (Path("/mnt/a"), 448 * GIB))
 
 
 def test_a_machine_without_a_disk_has_no_ssd() -> None:
