@@ -446,9 +446,9 @@ def test_an_argument_out_of_range_says_what_is_allowed_and_leaves_the_model_alon
     [
         (b"{", "is not JSON"),
         (b"\xff\xfe\x00", "can't decode"),
-        (b"{}", "has schema None"),
+        (b"{}", "has no schema number"),
         (b'{"schema": 99}', "has schema 99, this version reads"),
-        (b"[]", "has schema None"),
+        (b"[]", "has no schema number"),
     ],
 )
 def test_a_damaged_plan_file_is_refused_by_its_name(
