@@ -150,6 +150,24 @@ def usable_cpus() -> int:
 def measure(values_ptr: int, numel: int) -> tuple[float, float]:
     """(Sum of squares, largest magnitude) of fp32 values; NaN counts as the largest."""
 
+def adam_factors(
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    step: int,
+    grad_scale: float = 1.0,
+    unscale: float = 1.0,
+) -> tuple[float, float, float, float, float, bool, float, float, float, float, float]:
+    """The scalars that adam_update applies, each an fp32 value, for another implementation of it.
+
+    unscale, grad_scale, decay, l2, blend, blend_from_grad, beta2, one_minus_beta2, bias2_sqrt, eps,
+    step_size; kernels/adam.h says what they are. ValueError for a step below 1.
+    """
+
 def adam_update(
     master_ptr: int,
     exp_avg_ptr: int,

@@ -75,6 +75,7 @@ from .planner import (
 from .program import Bucket, BucketPlacement, Names, ParamSpec, Tier
 from .progress import progress_of_phase
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
+from .runtime.adam_gpu import workspace_bytes
 from .runtime.buckets import stored_pieces
 from .runtime.recorder import Recorder
 from .solutions import solved
@@ -437,6 +438,9 @@ class Session:
             capacities=settings.capacities,
             overlap=overlap,
             margin_bytes=self._margin_bytes(),
+            gpu_adam_workspace_bytes=workspace_bytes(
+                max((b.numel for b in self.buckets if b.trainable), default=0), self.device
+            ),
             accumulates=self._accumulates,
             max_ssd_bytes_per_day=settings.max_writes_per_day,
         )

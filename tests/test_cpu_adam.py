@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -324,3 +325,28 @@ def test_a_call_that_makes_no_sense_says_why() -> None:
         native.adam_update(0, *pointers[1:], "float32", 0, None, 4, **HYPER)
     with refused("counts from 1", "0"):
         native.adam_update(*pointers, "float32", 0, None, 4, **(HYPER | {"step": 0}))
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.3])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_factors_applied_one_by_one_give_the_bits_of_the_update(
+    decoupled: bool, beta1: float
+) -> None:
+    scalars = HYPER | {"beta1": beta1, "decoupled": decoupled, "step": 3, "unscale": 0.5}
+    generator = np.random.default_rng(1)
+    p, m, g, v = (generator.standard_normal(100, np.float32) for _ in range(4))
+    v = np.abs(v)
+    unscale, clip, decay, l2, blend, from_grad, beta2, rest, bias2, eps, size = native.adam_factors(
+        **scalars
+    )
+    # numpy rounds each operation to fp32, as the update does; torch's division may be off by one bit.
+    scaled = g * unscale * clip
+    if l2:
+        scaled = scaled + l2 * p
+    m2 = (scaled if from_grad else m) + blend * (scaled - m)
+    v2 = v * beta2 + rest * scaled * scaled
+    p2 = p * decay - size * m2 / (np.sqrt(v2) / bias2 + eps)
+    pointers = [array.ctypes.data for array in (p, m, v, g)]
+    native.adam_update(*pointers, "float32", 0, None, 100, **scalars)
+    for updated, wanted in ((p, p2), (m, m2), (v, v2)):
+        np.testing.assert_array_equal(updated, wanted)

@@ -43,6 +43,7 @@ def formulate_training(
     capacities: Capacities,
     overlap: Overlap,
     margin_bytes: int,
+    gpu_adam_workspace_bytes: int = 0,
     accumulates: bool = False,
     max_ssd_bytes_per_day: int | None = None,
 ) -> Problem:
@@ -51,7 +52,7 @@ def formulate_training(
     Args:
         seconds: what nodes take, on which hardware, and whether chains of pointwise ops are fused, so
             that they leave no temporaries.
-        max_ssd_bytes_per_day: see `Problem`.
+        max_ssd_bytes_per_day, gpu_adam_workspace_bytes: see `Problem`.
         margin_bytes: GPU bytes to leave to the allocator and to libraries' workspaces.
         accumulates: gradients of several backwards are added up before an update.
     """
@@ -106,7 +107,7 @@ def formulate_training(
         activations=tuple(activations),
         fixed_gpu_bytes=inputs + returned,
         gpu_margin_bytes=margin_bytes,
-        gpu_adam_workspace_bytes=max((4 * b.numel for b in buckets if b.trainable), default=0),
+        gpu_adam_workspace_bytes=gpu_adam_workspace_bytes,
         overlap=overlap,
         accumulates=accumulates,
         max_ssd_bytes_per_day=max_ssd_bytes_per_day,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,15 +44,40 @@ class Scale:
 
 @torch.no_grad()
 def update_on_device(updates: Sequence[Update], scale: Scale) -> None:
-    """One Adam step. On the CPU it is the native update, so its bits are those of a CPU-tier bucket."""
+    """One Adam step, with the bits of a CPU-tier bucket's; up to rounding where Triton is missing."""
     if not updates:
         return
     if updates[0].master.device.type == "cpu":
         for update in updates:
             _update_native(update, scale)
-        return
-    for batch in _batches(updates):
-        _update_fused(batch, scale)
+    elif has_triton():
+        from .adam_triton import adam_update
+
+        for update in updates:
+            factors = native.adam_factors(**_scalars(update.group, update.step, scale))
+            adam_update(
+                update.master,
+                update.exp_avg,
+                update.exp_avg_sq,
+                update.grad,
+                update.weight,
+                factors,
+            )
+    else:
+        for batch in _batches(updates):
+            _update_fused(batch, scale)
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def workspace_bytes(largest_numel: int, device: torch.device) -> int:
+    """GPU memory that an update takes for itself, at most; `largest_numel`: elements of a bucket."""
+    if device.type == "cpu" or has_triton():
+        return 0
+    return 4 * min(largest_numel, _BATCH_ELEMENTS)
 
 
 def adam_step(group: AdamGroup, step: int, scale: Scale) -> native.AdamStep:
