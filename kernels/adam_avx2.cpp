@@ -42,13 +42,21 @@ struct Vector {
   static __m128i load_128(const void* from) {
     return _mm_loadu_si128(static_cast<const __m128i*>(from));
   }
-  static void store_128(void* to, __m128i x) { _mm_storeu_si128(static_cast<__m128i*>(to), x); }
+  template <bool kStream>
+  static void store_128(void* to, __m128i x) {
+    if constexpr (kStream)
+      _mm_stream_si128(static_cast<__m128i*>(to), x);
+    else
+      _mm_storeu_si128(static_cast<__m128i*>(to), x);
+  }
+  static void fence() { _mm_sfence(); }
 
   static Float load_bf16(const std::uint16_t* from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(from)), 16));
   }
   static Float load_f16(const std::uint16_t* from) { return _mm256_cvtph_ps(load_128(from)); }
 
+  template <bool kStream = false>
   static void store_bf16(std::uint16_t* to, Float x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i high = _mm256_srli_epi32(bits, 16);
@@ -58,10 +66,11 @@ struct Vector {
     const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     const __m256i wide = _mm256_blendv_epi8(rounded, quiet, is_nan);
-    store_128(to, _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
+    store_128<kStream>(to, _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
   }
+  template <bool kStream = false>
   static void store_f16(std::uint16_t* to, Float x) {
-    store_128(to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    store_128<kStream>(to, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 };
 

@@ -39,7 +39,14 @@ struct Vector {
   static __m256i load_256(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
   }
-  static void store_256(void* to, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(to), x); }
+  template <bool kStream>
+  static void store_256(void* to, __m256i x) {
+    if constexpr (kStream)
+      _mm256_stream_si256(static_cast<__m256i*>(to), x);
+    else
+      _mm256_storeu_si256(static_cast<__m256i*>(to), x);
+  }
+  static void fence() { _mm_sfence(); }
 
   static Float load_bf16(const std::uint16_t* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_256(from)), 16));
@@ -47,6 +54,7 @@ struct Vector {
   static Float load_f16(const std::uint16_t* from) { return _mm512_cvtph_ps(load_256(from)); }
 
   // Not vcvtneps2bf16: that flushes denormals.
+  template <bool kStream = false>
   static void store_bf16(std::uint16_t* to, Float x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i high = _mm512_srli_epi32(bits, 16);
@@ -55,10 +63,11 @@ struct Vector {
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512i wide = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
-    store_256(to, _mm512_cvtepi32_epi16(wide));
+    store_256<kStream>(to, _mm512_cvtepi32_epi16(wide));
   }
+  template <bool kStream = false>
   static void store_f16(std::uint16_t* to, Float x) {
-    store_256(to, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    store_256<kStream>(to, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 };
 

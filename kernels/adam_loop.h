@@ -1,5 +1,5 @@
 // The loop of every implementation, written once over a struct `Vector` of the including file:
-//   Float, kWidth; load/store of float, bf16 and f16; set, add, sub, mul, div, sqrt.
+//   Float, kWidth; load/store of float, bf16 and f16; set, add, sub, mul, div, sqrt; fence.
 //
 // No include guard, no includes and no std:: on purpose: this text is compiled once per instruction
 // set, inside that file's target region and an unnamed namespace. A shared inline function compiled
@@ -7,6 +7,10 @@
 
 // Bytes ahead of the loop that are asked for: the hardware prefetchers stop at page ends.
 constexpr std::size_t kAhead = 1024;
+
+// [Note: streamed weights]
+// New 16-bit weights that do not replace the gradient go past the caches: a plain store would read their
+// lines from memory first, two bytes more an element. fence() makes them seen before the update is done.
 
 template <Dtype D>
 inline Vector::Float load_as_float(const void* from, std::size_t i) {
@@ -35,6 +39,7 @@ struct Loop {
 
   // Elements [i, i + kWidth) of each array. Same operations in the same order as torch.optim's
   // single-tensor AdamW.
+  template <bool kStream = false>
   void step(float* master, float* exp_avg, float* exp_avg_sq, const void* grad, void* out,
             std::size_t i) const {
     using V = Vector;
@@ -51,8 +56,9 @@ struct Loop {
     V::store(master + i, p);
     V::store(exp_avg + i, m);
     V::store(exp_avg_sq + i, v);
-    if constexpr (Out == Dtype::bf16) V::store_bf16(static_cast<std::uint16_t*>(out) + i, p);
-    if constexpr (Out == Dtype::f16) V::store_f16(static_cast<std::uint16_t*>(out) + i, p);
+    auto* const out16 = static_cast<std::uint16_t*>(out);
+    if constexpr (Out == Dtype::bf16) V::template store_bf16<kStream>(out16 + i, p);
+    if constexpr (Out == Dtype::f16) V::template store_f16<kStream>(out16 + i, p);
   }
 
   // What does not fill a vector goes through the same code, in a copy.
@@ -75,14 +81,27 @@ struct Loop {
 
   static void run(const AdamArrays& a, const AdamFactors& factors, std::size_t begin,
                   std::size_t end) {
+    constexpr std::uintptr_t kStoreBytes = 2 * Vector::kWidth;
+    const auto first_out = reinterpret_cast<std::uintptr_t>(a.out16) + 2 * begin;
+    // See [Note: streamed weights].
+    if (Out != Dtype::none && a.out16 != a.grad && first_out % kStoreBytes == 0)
+      run_all<true>(a, factors, begin, end);
+    else
+      run_all<false>(a, factors, begin, end);
+  }
+
+  template <bool kStream>
+  static void run_all(const AdamArrays& a, const AdamFactors& factors, std::size_t begin,
+                      std::size_t end) {
     const Loop loop(factors);
     std::size_t i = begin;
     for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
       __builtin_prefetch(reinterpret_cast<const char*>(a.master + i) + kAhead, 1);
       __builtin_prefetch(reinterpret_cast<const char*>(a.exp_avg + i) + kAhead, 1);
       __builtin_prefetch(reinterpret_cast<const char*>(a.exp_avg_sq + i) + kAhead, 1);
-      loop.step(a.master, a.exp_avg, a.exp_avg_sq, a.grad, a.out16, i);
+      loop.template step<kStream>(a.master, a.exp_avg, a.exp_avg_sq, a.grad, a.out16, i);
     }
+    if constexpr (kStream) Vector::fence();
     if (i < end) loop.tail(a, i, end - i);
   }
 };

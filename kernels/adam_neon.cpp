@@ -31,6 +31,8 @@ struct Vector {
   static Float load_f16(const std::uint16_t* from) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
   }
+  static void fence() {}
+  template <bool kStream = false>
   static void store_bf16(std::uint16_t* to, Float x) {
     const uint32x4_t bits = vreinterpretq_u32_f32(x);
     const uint32x4_t high = vshrq_n_u32(bits, 16);
@@ -41,6 +43,7 @@ struct Vector {
     const uint32x4_t not_nan = vceqq_f32(x, x);
     vst1_u16(to, vmovn_u32(vbslq_u32(not_nan, rounded, quiet)));
   }
+  template <bool kStream = false>
   static void store_f16(std::uint16_t* to, Float x) {
     vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(x)));
   }

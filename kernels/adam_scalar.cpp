@@ -75,7 +75,10 @@ struct Vector {
     return float_of(static_cast<std::uint32_t>(*from) << 16);
   }
   static Float load_f16(const std::uint16_t* from) { return from_f16(*from); }
+  static void fence() {}
+  template <bool kStream = false>
   static void store_bf16(std::uint16_t* to, Float x) { *to = to_bf16(x); }
+  template <bool kStream = false>
   static void store_f16(std::uint16_t* to, Float x) { *to = to_f16(x); }
 };
 
