@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +174,16 @@ def test_workers_are_started_for_gpus_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert not started
     kernels.warm_workers(torch.device("cuda"))
     assert started == ["pool"]
+
+
+def test_regions_die_without_a_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", found.append)
+    compiler = InductorCompiler()
+    functions = two_regions(compiler)
+    compiler.finish()
+    check(functions)
+    del compiler, functions
+    torch._dynamo.reset()
+    gc.collect()
+    assert [str(each.exc_value) for each in found] == []

@@ -68,7 +68,9 @@ def deferring() -> Iterator[Deferred]:
         deferred.waits.append((compiler, scope))
 
     def save(key: str, graph: Any, *rest: Any) -> None:
-        deferred.saves.append((key, copy.copy(graph), *rest))  # it changes before it is used
+        kept = copy.copy(graph)  # it changes before it is used
+        kept.compiled_fn_runner = None  # is not saved, and dies with the graph that holds it
+        deferred.saves.append((key, kept, *rest))
 
     owners: tuple[Any, Any] = async_compile.AsyncCompile, codecache.FxGraphCache
     before = [vars(owner)[name] for owner, name in zip(owners, (_WAIT, _SAVE), strict=True)]
