@@ -3,11 +3,15 @@
 A file holds one solution as JSON. Its name is a digest of all that a solver sees (the problem with its
 capacities and seconds, the policy, what is forced) and of the planner's own source, so it can be out of
 date in nothing. What is read is data, and checked as any solution is.
+
+[Note: an unused SSD] How much of a disk is free changes all the time. A solution that leaves it empty is
+found again as long as there is about as much: it was the best with the disk, and still is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -32,14 +36,22 @@ WORTH_S = 0.5
 
 def solved(problem: Problem, policy: str, forced: Forced) -> Solution:
     """As planner.solve, unless the same was solved before. Raises what that raises."""
-    path = cache_dir() / "solutions" / f"{_digest(problem, policy, forced)}.json"
-    known = _read(path, problem)
-    if known is not None:
-        return known
+    folder, asked = cache_dir() / "solutions", (policy, forced)
+    exact = folder / f"{_digest(problem, *asked)}.json"
+    # See [Note: an unused SSD].
+    about = dataclasses.replace(
+        problem.capacities, ssd_bytes=(1 << problem.capacities.ssd_bytes.bit_length()) - 1
+    )
+    without_ssd = folder / f"{_digest(dataclasses.replace(problem, capacities=about), *asked)}.json"
+    for path in (without_ssd, exact):
+        known = _read(path, problem)
+        if known is not None:
+            return known
     began = time.perf_counter()
     solution = solve(problem, policy=policy, forced=forced)
     if time.perf_counter() - began >= WORTH_S:
-        _write(path, solution)
+        uses_ssd = solution.predicted.peak_bytes.get("ssd", 0) > 0
+        _write(exact if uses_ssd else without_ssd, solution)
     return solution
 
 

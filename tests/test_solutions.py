@@ -16,7 +16,7 @@ from problems import MIB, deep
 import lohan_fx
 from lohan_fx import solutions
 from lohan_fx.errors import InfeasiblePlan
-from lohan_fx.planner import BucketPlace, Forced, Place, Solution
+from lohan_fx.planner import BucketPlace, Forced, Place, Problem, Solution
 from lohan_fx.solutions import solved
 
 PROBLEM = deep(2)
@@ -74,6 +74,23 @@ def test_whatever_a_solver_sees_makes_another_problem(
     monkeypatch.setattr(solutions, "_planner_digest", lambda: "another version")
     solved(PROBLEM, "greedy", Forced())
     assert len(solves) == 6
+
+
+@pytest.mark.parametrize(("policy", "uses_ssd"), [("greedy", False), ("zero-infinity", True)])
+def test_what_is_free_of_an_ssd_matters_only_where_it_is_used(
+    policy: str, uses_ssd: bool, solves: list[str]
+) -> None:
+    def with_ssd(nbytes: int) -> Problem:
+        capacities = dataclasses.replace(PROBLEM.capacities, ssd_bytes=nbytes)
+        return dataclasses.replace(PROBLEM, capacities=capacities)
+
+    size = 1 << 42
+    found = [solved(with_ssd(size + more), policy, Forced()) for more in (0, 10**6, size // 2)]
+    assert (found[0].predicted.peak_bytes["ssd"] > 0) == uses_ssd
+    assert len(solves) == (3 if uses_ssd else 1)
+    solved(with_ssd(2 * size), policy, Forced())
+    solved(with_ssd(0), "greedy", Forced())
+    assert len(solves) == (5 if uses_ssd else 3)
 
 
 def everything_on_the_gpu(text: str) -> str:
