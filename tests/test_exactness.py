@@ -59,12 +59,12 @@ def test_updates_on_the_gpu_agree_within_rounding(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("mlp", torch.float32), ("llama", torch.bfloat16)]
+)
 def test_inductor_agrees_with_plain_aten_within_rounding(
-    dtype: torch.dtype, tmp_path: Path
+    name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    aten = train_lohan(CASES["llama"], dtype, tmp_path, policy=RandomPolicy(1))
-    fused = train_lohan(
-        CASES["llama"], dtype, tmp_path, policy=RandomPolicy(2), lowering="inductor"
-    )
+    aten = train_lohan(CASES[name], dtype, tmp_path, policy=RandomPolicy(1))
+    fused = train_lohan(CASES[name], dtype, tmp_path, policy=RandomPolicy(2), lowering="inductor")
     fused.assert_close(aten, *TOLERANCE[dtype])
