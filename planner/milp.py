@@ -70,8 +70,8 @@ _MOST_NODES = 500
 _MOST_INTEGRAL_LOTS = 100
 # Steps within this share are equals, among which SSD writes and then DRAM decide.
 _EQUAL = 1e-6
-# Items whose seconds are a smaller share of the step's count as none: GLOP may find rows that have such
-# coefficients infeasible. A bound only gets lower by what is left out.
+# In a bound, items whose seconds are a smaller share of the step's count as none: GLOP may find rows that
+# have such coefficients infeasible. A bound only gets lower by what is left out.
 _NEGLIGIBLE = 1e-9
 # What a proof in floating point gives away, as a share.
 _PROOF_SLACK = 1e-6
@@ -352,9 +352,10 @@ class _Program:
 
     def _phase_at_least(self, phase: int, constant_s: float, terms: Terms) -> None:
         shares = [(v, s / self._scale_s) for v, s in terms]
+        least = _NEGLIGIBLE if self.room is None else 0.0  # of equal plans they tell which is best
         self._at_most(
             -constant_s / self._scale_s,
-            [*((v, n) for v, n in shares if n > _NEGLIGIBLE), (self._seconds[phase], -1.0)],
+            [*((v, n) for v, n in shares if n > least), (self._seconds[phase], -1.0)],
         )
 
     def _lane_terms(self, phase: int, lane: int) -> Terms:

@@ -116,7 +116,8 @@ def test_a_plan_that_fits_is_summarised_and_exits_with_0(
     assert call["max_writes_per_day"] is None
     assert call["hardware"] == Hardware.preset("lohan-rtx4090", 3)
     assert call["budget"].dram == 100 * 10**9
-    assert call["budget"].ssd_bytes == pytest.approx(0.9 * 3 * 3840e9)
+    free = 0.9 * 3 * 3840e9  # of which a round number is taken
+    assert free * 63 / 64 <= call["budget"].ssd_bytes <= free
     assert call["inputs"]["input"].shape == (2, 5)
     out, err = capsys.readouterr()
     assert f"{factories}:build" in out and "limited by" in out

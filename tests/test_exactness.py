@@ -59,9 +59,7 @@ def test_updates_on_the_gpu_agree_within_rounding(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("mlp", torch.float32), ("llama", torch.bfloat16)]
-)
+@pytest.mark.parametrize(("name", "dtype"), [("mlp", torch.float32), ("llama", torch.bfloat16)])
 def test_inductor_agrees_with_plain_aten_within_rounding(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
