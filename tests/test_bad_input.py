@@ -78,7 +78,7 @@ def refused(
             r"DRAM: [\d.]+ kB at least, the budget has 400.00 kB; SSD: enough",
         ),
         (
-            "gpu=500kB, dram=620kB, ssd={}:200kB",
+            "gpu=500kB, dram=500kB, ssd={}:200kB",
             r"SSD: [\d.]+ kB at least, the budget has 200.00 kB",
         ),
     ],
