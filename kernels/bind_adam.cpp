@@ -35,16 +35,12 @@ void bind_adam(py::module_& module) {
 
   module.def(
       "adam_factors",
-      [](double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-         std::int64_t step, double grad_scale, double unscale) {
-        const AdamFactors f(
-            {lr, beta1, beta2, eps, weight_decay, decoupled, step, unscale, grad_scale});
+      [](const AdamStep& step) {
+        const AdamFactors f(step);
         return py::make_tuple(f.unscale, f.grad_scale, f.decay, f.l2, f.blend, f.blend_from_grad, f.beta2,
                               f.one_minus_beta2, f.bias2_sqrt, f.eps, f.step_size);
       },
-      py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-      py::arg("weight_decay"), py::arg("decoupled"), py::arg("step"), py::arg("grad_scale") = 1.,
-      py::arg("unscale") = 1.,
+      py::arg("step"),
       "The scalars of one update, for another implementation of it; in the order of AdamFactors.");
 
   module.def(

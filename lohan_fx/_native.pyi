@@ -151,16 +151,7 @@ def measure(values_ptr: int, numel: int) -> tuple[float, float]:
     """(Sum of squares, largest magnitude) of fp32 values; NaN counts as the largest."""
 
 def adam_factors(
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    step: int,
-    grad_scale: float = 1.0,
-    unscale: float = 1.0,
+    step: AdamStep,
 ) -> tuple[float, float, float, float, float, bool, float, float, float, float, float]:
     """The scalars that adam_update applies, each an fp32 value, for another implementation of it.
 

@@ -337,7 +337,7 @@ def test_factors_applied_one_by_one_give_the_bits_of_the_update(
     p, m, g, v = (generator.standard_normal(100, np.float32) for _ in range(4))
     v = np.abs(v)
     unscale, clip, decay, l2, blend, from_grad, beta2, rest, bias2, eps, size = native.adam_factors(
-        **scalars
+        native.AdamStep(**scalars)
     )
     # numpy rounds each operation to fp32, as the update does; torch's division may be off by one bit.
     scaled = g * unscale * clip

@@ -54,7 +54,7 @@ def update_on_device(updates: Sequence[Update], scale: Scale) -> None:
         from .adam_triton import adam_update
 
         for update in updates:
-            factors = native.adam_factors(**_scalars(update.group, update.step, scale))
+            factors = native.adam_factors(adam_step(update.group, update.step, scale))
             adam_update(
                 update.master,
                 update.exp_avg,

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -672,26 +673,26 @@ class Updates:
             to = buffer.memory.bytes[start : start + spec.numel * size]
             record.home.weight.read(start, to)
 
-    def _wait_weights(self, job: Job) -> None:
+    @contextmanager
+    def _failing(self, job: Job) -> Iterator[None]:
+        """A transfer that fails within is a failure of the job."""
         try:
-            self._jobs.wait_for_weights(job)
+            yield
         except TransferError as error:
             self._fail(job, error)
             raise
+
+    def _wait_weights(self, job: Job) -> None:
+        with self._failing(job):
+            self._jobs.wait_for_weights(job)
 
     def _wait_any_weights(self, jobs: Sequence[Job]) -> None:
-        try:
+        with self._failing(jobs[0]):
             self._jobs.wait_for_any(jobs)
-        except TransferError as error:
-            self._fail(jobs[0], error)
-            raise
 
     def _wait_done(self, job: Job) -> None:
-        try:
+        with self._failing(job):
             self._jobs.wait(job)
-        except TransferError as error:
-            self._fail(job, error)
-            raise
 
     def _fail(self, job: Job, error: TransferError) -> None:
         self._progress.torn = f"{error}; the weights are between two steps: load a checkpoint"
