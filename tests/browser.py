@@ -107,6 +107,13 @@ class Page:
         found: list[str] = self.js(cells)
         return found
 
+    def search(self, words: str) -> None:
+        """Look for these words among the tensors, instead of what was looked for before."""
+        field = self.find("#search")
+        field.clear()
+        field.send_keys(words)
+        self.frame()
+
     def sort(self, column: str) -> str:
         self.find(f".titles [data-column='{column}']").click()
         self.frame()

@@ -80,7 +80,7 @@ def test_no_other_script_runs_in_the_page(page: Page) -> None:
 
 
 def test_columns_sort_up_down_and_back(page: Page) -> None:
-    page.find("#search").send_keys("layer3")
+    page.search("layer3")
     before = page.column(0)
     assert page.sort("bytes") == "descending"
     sizes = page.js(
@@ -111,11 +111,10 @@ def test_the_table_is_filtered_by_place_and_class(page: Page) -> None:
 
 
 def test_the_table_is_searched_by_every_word(page: Page) -> None:
-    page.find("#search").send_keys("layer3 MASTER")
+    page.search("layer3 MASTER")
     assert set(page.column(1)) == {"layer3"} and set(page.column(2)) == {"master32"}
     assert page.count.startswith("6 of")
-    page.find("#search").clear()
-    page.find("#search").send_keys("nothing is called this")
+    page.search("nothing is called this")
     assert page.column(0) == [] and page.count.startswith("0 of")
 
 
@@ -183,8 +182,18 @@ def test_memory_shows_the_same_stretch_as_the_lanes(page: Page) -> None:
     assert page.stretch.startswith("the whole step")
 
 
+def test_a_line_stays_the_same_element_while_it_is_in_sight(page: Page) -> None:
+    line = page.all(".data")[10]
+    page.js("document.querySelector('#grid').scrollTop = 3")  # not as far as another line
+    page.frame()
+    assert line.is_displayed()
+    page.js("document.querySelector('#grid').scrollTop = 400")
+    page.frame()
+    assert page.find(".data").get_attribute("data-position") != "0"
+
+
 def test_a_tensor_is_shown_in_the_timeline_and_its_span_in_the_table(page: Page) -> None:
-    page.find("#search").send_keys("layer0 gradient")  # updated in the step that made it
+    page.search("layer0 gradient")  # updated in the step that made it
     line = page.find(".data")
     name = line.find_element(By.CSS_SELECTOR, "span").text
     line.click()
@@ -197,8 +206,7 @@ def test_a_tensor_is_shown_in_the_timeline_and_its_span_in_the_table(page: Page)
     page.frame()
     assert not page.all(".data.on") and not drawer.is_displayed()
 
-    page.find("#search").clear()
-    page.find("#search").send_keys(Keys.SPACE)
+    page.search(Keys.SPACE)
     canvas = page.find("#lanes-canvas")
     canvas.send_keys("0", Keys.END, Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ENTER)
     page.frame()
@@ -214,7 +222,7 @@ def test_a_tensor_is_shown_in_the_timeline_and_its_span_in_the_table(page: Page)
 
 def test_a_tensor_that_never_moves_says_so(page: Page) -> None:
     # What is recomputed is kept nowhere; what rests on the GPU moves nowhere.
-    page.find("#search").send_keys("activation recompute")
+    page.search("activation recompute")
     page.find(".data").click()
     page.frame()
     words = page.find(".drawer").text

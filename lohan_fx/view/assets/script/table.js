@@ -56,16 +56,15 @@ class TensorTable {
       this.wide,
     );
     this.at = 0;
-    this.scroll.addEventListener(
-      "scroll",
-      onceAFrame(() => this.paint()),
-    );
+    this.lines = new Map(); // those in sight, by position
+    const moved = onceAFrame(() => this.moved());
+    this.scroll.addEventListener("scroll", moved);
     this.scroll.addEventListener("keydown", (event) => this.key(event));
     this.tall.addEventListener("click", (event) => {
       const line = event.target.closest(".data");
       if (line) this.choose(Number(line.dataset.position));
     });
-    new ResizeObserver(onceAFrame(() => this.paint())).observe(this.scroll);
+    new ResizeObserver(moved).observe(this.scroll);
     selection.listen((from) => this.follow(from));
     const choice = planChoice("tensors-plan", (plan) => this.showPlan(plan));
     const node = section(
@@ -256,17 +255,23 @@ class TensorTable {
   }
 
   paint() {
-    const from = Math.max(0, Math.floor(this.scroll.scrollTop / LINE) - 6);
-    const to = Math.min(
-      this.shown.length,
-      Math.ceil((this.scroll.scrollTop + this.scroll.clientHeight) / LINE) + 6,
-    );
+    this.lines.clear();
+    this.moved();
+  }
+
+  // A line that stays in sight is not made anew: somebody may be about to click on it.
+  moved() {
+    const { scrollTop, clientHeight } = this.scroll;
+    const from = Math.max(0, Math.floor(scrollTop / LINE) - 6);
+    const to = Math.min(this.shown.length, Math.ceil((scrollTop + clientHeight) / LINE) + 6);
     const item = selection.rowIn(this.plan);
     const chosen = new Set(item >= 0 ? this.plan.tensorsIn(item) : []);
     if (selection.plan === this.plan && selection.tensor >= 0) chosen.add(selection.tensor);
-    const lines = [];
-    for (let position = from; position < to; position++) lines.push(this.line(position, chosen));
-    this.tall.replaceChildren(...lines);
+    const before = this.lines;
+    this.lines = new Map();
+    for (let position = from; position < to; position++)
+      this.lines.set(position, before.get(position) ?? this.line(position, chosen));
+    this.tall.replaceChildren(...this.lines.values());
     const active = this.at >= from && this.at < to ? `line-${this.at}` : null;
     if (active) this.scroll.setAttribute("aria-activedescendant", active);
     else this.scroll.removeAttribute("aria-activedescendant");
