@@ -48,6 +48,7 @@ from lohan_fx.planner.problem import (
     Place,
     Problem,
     Stage,
+    speculates,
 )
 from lohan_fx.planner.sharing import in_turns
 from lohan_fx.planner.simulate import (
@@ -145,6 +146,7 @@ __all__ = [
     "predict",
     "simulate",
     "solve",
+    "speculates",
     "start_with_least_dram",
     "validate",
 ]

@@ -59,17 +59,21 @@ class Overlap(enum.StrEnum):
     NEXT_FORWARD: after step() has decided, in forward order, under the next forward.
     SERIAL: all of it inside step(), nothing else meanwhile.
     NAIVE: as BACKWARD, but read, Adam and write of a bucket back to back.
+    SPECULATIVE: as NEXT_FORWARD, but a bucket that `speculates` is updated under the backward, into
+    a second copy of its weights and state, as if step() were to change no gradient; step() swaps
+    the copies if so, else the update is made from the old values as in NEXT_FORWARD.
     """
 
     BACKWARD = "backward"
     NEXT_FORWARD = "next-forward"
     SERIAL = "serial"
     NAIVE = "naive"
+    SPECULATIVE = "speculative"
 
     @property
     def waits_for_step(self) -> bool:
-        """True where gradients wait until step() before Adam may start."""
-        return self in (Overlap.NEXT_FORWARD, Overlap.SERIAL)
+        """True where nothing that training has may change before step()."""
+        return self in (Overlap.NEXT_FORWARD, Overlap.SERIAL, Overlap.SPECULATIVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,19 @@ class Bucket:
     @property
     def trainable(self) -> bool:
         return self.grad_stage is not None
+
+
+def speculates(overlap: Overlap, bucket: Bucket, place: BucketPlace) -> bool:
+    """True if a bucket's update is made before step() decides, into a second copy in DRAM.
+
+    Only what the CPU updates and nothing on SSD: a second copy there would double its writes.
+    """
+    return (
+        overlap is Overlap.SPECULATIVE
+        and bucket.trainable
+        and place.state is Place.DRAM
+        and place.weight is not Place.SSD
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def optimizer_phase(overlap: Overlap) -> int:
     """The phase under which the optimizer runs."""
     if overlap is Overlap.SERIAL:
         return UPDATE
-    return FORWARD if overlap is Overlap.NEXT_FORWARD else BACKWARD
+    return FORWARD if overlap.waits_for_step else BACKWARD
 
 
 def state_section_bytes(bucket: Bucket) -> int:

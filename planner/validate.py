@@ -12,6 +12,8 @@ from lohan_fx.planner.solution import Solution, Windows
 
 # Predicted seconds may differ by rounding; bytes may not.
 _CLOSE = 1e-6
+# Modes in which gradients are kept until step() has decided.
+_WAITING = (Overlap.NEXT_FORWARD, Overlap.SERIAL, Overlap.SPECULATIVE)
 
 
 def validate(problem: Problem, solution: Solution) -> list[str]:
@@ -179,7 +181,7 @@ def _gpu(problem: Problem, solution: Solution) -> list[str]:
     num_stages = len(problem.stages)
     windows = solution.windows
     uses = _backward_uses(problem, solution)
-    waits = problem.overlap in (Overlap.NEXT_FORWARD, Overlap.SERIAL)
+    waits = problem.overlap in _WAITING
     streamed = _streamed(problem, solution)
     any_gpu_state = any(
         b.grad_stage is not None and p.state == Place.GPU
@@ -272,7 +274,7 @@ def _dram(problem: Problem, solution: Solution) -> list[str]:
     if problem.accumulates:
         used += sum(_pages(4 * bucket.numel) for bucket, _ in updated)
     gradients = [_pages(b.grad_bytes) for b, _ in updated]
-    if problem.overlap in (Overlap.NEXT_FORWARD, Overlap.SERIAL):
+    if problem.overlap in _WAITING:
         used += sum(gradients)
     else:
         used += windows.grad_buffers * max(gradients, default=0)
