@@ -4,7 +4,8 @@
     python benchmarks/adam.py --params 20M --threads 1,2
 
 Both update fp32 weights and moments in memory. Ours is also shown with bf16 gradients and bf16 new
-weights written over them, as training in bf16 does it; torch's fused CPU AdamW has no such mode.
+weights written over them, as training in bf16 does it; torch's fused CPU AdamW has no such mode. "apart"
+writes new weights and moments to arrays of their own, past the caches, and leaves the old ones.
 The last line is JSON.
 """
 
@@ -65,26 +66,37 @@ def measure(
 
 
 def ours(
-    numel: int, threads: int, repeats: int, grad: torch.Tensor, state: list[torch.Tensor]
+    numel: int,
+    threads: int,
+    repeats: int,
+    grad: torch.Tensor,
+    state: list[torch.Tensor],
+    new: list[torch.Tensor] | None = None,
 ) -> Row:
+    """With `new`, for master, both moments and the 16-bit weights, nothing is updated in place."""
     grads = str(grad.dtype).removeprefix("torch.")
     half = grad.dtype == torch.bfloat16
     original = grad.clone() if half else grad
+    out = grad if new is None else new[3]
+    names = ("new_master_ptr", "new_exp_avg_ptr", "new_exp_avg_sq_ptr")
+    places = {} if new is None else dict(zip(names, (x.data_ptr() for x in new), strict=False))
 
     def run(step: int) -> None:
         native.adam_update(
             *(tensor.data_ptr() for tensor in state),
             grad.data_ptr(),
             grads,
-            grad.data_ptr() if half else 0,
+            out.data_ptr() if half else 0,
             grads if half else None,
             numel,
             **asdict(ADAM_GROUP),
             step=step,
             num_threads=threads,
+            **places,
         )
 
-    row = measure(f"lohan_fx {native.isa()}", grads, threads, numel, repeats, run)
+    what = "lohan_fx" if new is None else "apart"
+    row = measure(f"{what} {native.isa()}", grads, threads, numel, repeats, run)
     grad.copy_(original)
     return row
 
@@ -134,9 +146,11 @@ def main() -> None:
     for threads in counts:
         show(torch_fused(numel, threads, args.repeats, gradient))
     state = [torch.ones(numel), torch.zeros(numel), torch.zeros(numel)]
+    new = [*(tensor.clone() for tensor in state), gradient.bfloat16()]
     for grad in (gradient, gradient.bfloat16()):
         for threads in counts:
             show(ours(numel, threads, args.repeats, grad, state))
+            show(ours(numel, threads, args.repeats, grad, state, new))
 
     record = {
         "benchmark": "adam",

@@ -31,6 +31,8 @@ struct AdamStep {
 
 // Arrays of num_params elements; any alignment. `out16` (dtype out_dtype) receives the new weights
 // rounded to nearest even; null when out_dtype is none. It may be the same memory as a 16-bit `grad`.
+// New fp32 values replace the old ones, or go to the three new_ arrays (all or none), which overlap no
+// other: then the old ones are only read.
 struct AdamArrays {
   float* master = nullptr;
   float* exp_avg = nullptr;
@@ -39,6 +41,11 @@ struct AdamArrays {
   Dtype grad_dtype = Dtype::f32;
   void* out16 = nullptr;
   Dtype out_dtype = Dtype::none;
+  float* new_master = nullptr;
+  float* new_exp_avg = nullptr;
+  float* new_exp_avg_sq = nullptr;
+
+  bool in_place() const { return new_master == nullptr; }
 };
 
 // What the loops need of an AdamStep: bias corrections and the like, taken in double, then rounded.

@@ -32,7 +32,13 @@ struct Vector {
 
   static Float set(float x) { return _mm256_set1_ps(x); }
   static Float load(const float* from) { return _mm256_loadu_ps(from); }
-  static void store(float* to, Float x) { _mm256_storeu_ps(to, x); }
+  template <bool kStream = false>
+  static void store(float* to, Float x) {
+    if constexpr (kStream)
+      _mm256_stream_ps(to, x);
+    else
+      _mm256_storeu_ps(to, x);
+  }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }

@@ -29,7 +29,13 @@ struct Vector {
 
   static Float set(float x) { return _mm512_set1_ps(x); }
   static Float load(const float* from) { return _mm512_loadu_ps(from); }
-  static void store(float* to, Float x) { _mm512_storeu_ps(to, x); }
+  template <bool kStream = false>
+  static void store(float* to, Float x) {
+    if constexpr (kStream)
+      _mm512_stream_ps(to, x);
+    else
+      _mm512_storeu_ps(to, x);
+  }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }

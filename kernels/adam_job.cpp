@@ -14,6 +14,44 @@ std::size_t dtype_bytes(Dtype dtype) {
   return dtype == Dtype::none ? 0 : dtype == Dtype::f32 ? 4 : 2;
 }
 
+// Host memory of a job, for error messages.
+struct Span {
+  const char* what;
+  const void* pointer;
+  std::size_t bytes;
+
+  bool overlaps(const Span& other) const {
+    if (pointer == nullptr || other.pointer == nullptr) return false;
+    const auto begin = reinterpret_cast<std::uintptr_t>(pointer);
+    const auto other_begin = reinterpret_cast<std::uintptr_t>(other.pointer);
+    return begin < other_begin + other.bytes && other_begin < begin + bytes;
+  }
+};
+
+// Why a job that is not updated in place makes no sense; empty where it does.
+std::string wrong_with_new_arrays(const AdamJob& job) {
+  const std::size_t f32 = job.numel * 4;
+  const Span fresh[] = {{"the new master weights", job.new_master, f32},
+                        {"the new exp_avg", job.new_exp_avg, f32},
+                        {"the new exp_avg_sq", job.new_exp_avg_sq, f32}};
+  for (const Span& span : fresh)
+    if (span.pointer == nullptr) return "no place for " + std::string(span.what) + ", while others have one";
+  if (!job.updates()) return "new arrays, but no update (no groups)";
+  std::vector<Span> others{{"the gradient", job.grad, job.numel * dtype_bytes(job.grad_dtype)},
+                           {"the sums", job.accum, f32}};
+  for (const Array& array : arrays_of(job)) {
+    if (array.read && array.place->extent != 0)
+      return std::string(array.what) + ": on SSD; only state in memory can be updated into new arrays";
+    others.push_back({array.what, array.place->host, array.bytes});
+  }
+  for (const Span& span : fresh) {
+    for (const Span& other : others)
+      if (span.overlaps(other)) return std::string(span.what) + " overlap " + other.what;
+    others.push_back(span);
+  }
+  return "";
+}
+
 }  // namespace
 
 std::vector<Array> arrays_of(const AdamJob& job) {
@@ -80,6 +118,10 @@ void validate(const AdamJob& job, bool has_engine) {
   }
   if (job.out_dtype == Dtype::none && (job.out.host != nullptr || job.out.extent != 0))
     refuse("an output place without an output dtype");
+  if (!job.in_place()) {
+    const std::string wrong = wrong_with_new_arrays(job);
+    if (!wrong.empty()) refuse(wrong);
+  }
 
   if (job.out.host != nullptr) {
     const auto grad = reinterpret_cast<std::uintptr_t>(job.grad);

@@ -51,6 +51,9 @@ struct AdamJob {
   float* accum = nullptr;             // sums of gradients, fp32; null where there are none
   double* magnitudes = nullptr;       // receives (sum of squares, largest magnitude) of each segment's sums
   Place master, exp_avg, exp_avg_sq;  // fp32
+  // All null: updated in place. Else the new values go here, and the old ones, all in host memory, are
+  // only read. No other array of the job may be here.
+  float *new_master = nullptr, *new_exp_avg = nullptr, *new_exp_avg_sq = nullptr;
   // New weights in 16 bit. With a host place and an extent both, they are written to the host place
   // (4096-byte aligned, with room up to the next multiple) and from there to the extent. An extent alone
   // is filled from a state buffer, its gaps with zeros. Dtype::none: the master is the weight.
@@ -61,6 +64,9 @@ struct AdamJob {
   std::int64_t rank = 0;  // see [Note: whose turn it is]
 
   bool updates() const { return accum == nullptr || !groups.empty(); }
+  bool in_place() const {
+    return new_master == nullptr && new_exp_avg == nullptr && new_exp_avg_sq == nullptr;
+  }
 };
 
 // An array of a job, however it is kept.

@@ -1,5 +1,6 @@
 // The loop of every implementation, written once over a struct `Vector` of the including file:
 //   Float, kWidth; load/store of float, bf16 and f16; set, add, sub, mul, div, sqrt; fence.
+// Stores with kStream go to addresses that are a multiple of the bytes stored.
 //
 // No include guard, no includes and no std:: on purpose: this text is compiled once per instruction
 // set, inside that file's target region and an unnamed namespace. A shared inline function compiled
@@ -9,8 +10,15 @@
 constexpr std::size_t kAhead = 1024;
 
 // [Note: streamed weights]
-// New 16-bit weights that do not replace the gradient go past the caches: a plain store would read their
-// lines from memory first, two bytes more an element. fence() makes them seen before the update is done.
+// New values that replace nothing the loop reads go past the caches: a plain store would read their lines
+// from memory first, two bytes more an element for 16-bit weights and twelve for master and moments in new
+// arrays. fence() makes them seen before the update is done.
+
+// The fp32 arrays of an update; elements of two such triples correspond.
+template <typename Number>
+struct State {
+  Number *master, *exp_avg, *exp_avg_sq;
+};
 
 template <Dtype D>
 inline Vector::Float load_as_float(const void* from, std::size_t i) {
@@ -37,32 +45,32 @@ struct Loop {
         step_size(Vector::set(f.step_size)),
         blend_from_grad(f.blend_from_grad) {}
 
-  // Elements [i, i + kWidth) of each array. Same operations in the same order as torch.optim's
-  // single-tensor AdamW.
-  template <bool kStream = false>
-  void step(float* master, float* exp_avg, float* exp_avg_sq, const void* grad, void* out,
+  // Elements [i, i + kWidth) of each array, from `from` to `to`, which may be the same. Same operations in
+  // the same order as torch.optim's single-tensor AdamW.
+  template <bool kStreamState = false, bool kStreamOut = false>
+  void step(const State<const float>& from, const State<float>& to, const void* grad, void* out,
             std::size_t i) const {
     using V = Vector;
     V::Float g = V::mul(V::mul(load_as_float<Grad>(grad, i), unscale), grad_scale);
-    V::Float p = V::load(master + i);
-    V::Float m = V::load(exp_avg + i);
-    V::Float v = V::load(exp_avg_sq + i);
+    V::Float p = V::load(from.master + i);
+    V::Float m = V::load(from.exp_avg + i);
+    V::Float v = V::load(from.exp_avg_sq + i);
     if constexpr (L2) g = V::add(g, V::mul(l2, p));
     p = V::mul(p, decay);
     m = V::add(blend_from_grad ? g : m, V::mul(blend, V::sub(g, m)));
     v = V::add(V::mul(v, beta2), V::mul(V::mul(one_minus_beta2, g), g));
     const V::Float denom = V::add(V::div(V::sqrt(v), bias2_sqrt), eps);
     p = V::sub(p, V::div(V::mul(step_size, m), denom));
-    V::store(master + i, p);
-    V::store(exp_avg + i, m);
-    V::store(exp_avg_sq + i, v);
+    V::template store<kStreamState>(to.master + i, p);
+    V::template store<kStreamState>(to.exp_avg + i, m);
+    V::template store<kStreamState>(to.exp_avg_sq + i, v);
     auto* const out16 = static_cast<std::uint16_t*>(out);
-    if constexpr (Out == Dtype::bf16) V::template store_bf16<kStream>(out16 + i, p);
-    if constexpr (Out == Dtype::f16) V::template store_f16<kStream>(out16 + i, p);
+    if constexpr (Out == Dtype::bf16) V::template store_bf16<kStreamOut>(out16 + i, p);
+    if constexpr (Out == Dtype::f16) V::template store_f16<kStreamOut>(out16 + i, p);
   }
 
   // What does not fill a vector goes through the same code, in a copy.
-  void tail(const AdamArrays& a, std::size_t begin, std::size_t n) const {
+  void tail(const AdamArrays& a, const State<float>& to, std::size_t begin, std::size_t n) const {
     constexpr std::size_t kGradBytes = Grad == Dtype::f32 ? 4 : 2;
     float p[Vector::kWidth] = {}, m[Vector::kWidth] = {}, v[Vector::kWidth] = {};
     float g[Vector::kWidth] = {};  // room for any gradient dtype
@@ -71,38 +79,56 @@ struct Loop {
     __builtin_memcpy(m, a.exp_avg + begin, n * 4);
     __builtin_memcpy(v, a.exp_avg_sq + begin, n * 4);
     __builtin_memcpy(g, static_cast<const char*>(a.grad) + begin * kGradBytes, n * kGradBytes);
-    step(p, m, v, g, out, 0);
-    __builtin_memcpy(a.master + begin, p, n * 4);
-    __builtin_memcpy(a.exp_avg + begin, m, n * 4);
-    __builtin_memcpy(a.exp_avg_sq + begin, v, n * 4);
+    step({p, m, v}, {p, m, v}, g, out, 0);
+    __builtin_memcpy(to.master + begin, p, n * 4);
+    __builtin_memcpy(to.exp_avg + begin, m, n * 4);
+    __builtin_memcpy(to.exp_avg_sq + begin, v, n * 4);
     if constexpr (Out != Dtype::none)
       __builtin_memcpy(static_cast<std::uint16_t*>(a.out16) + begin, out, n * 2);
   }
 
-  static void run(const AdamArrays& a, const AdamFactors& factors, std::size_t begin,
-                  std::size_t end) {
-    constexpr std::uintptr_t kStoreBytes = 2 * Vector::kWidth;
-    const auto first_out = reinterpret_cast<std::uintptr_t>(a.out16) + 2 * begin;
-    // See [Note: streamed weights].
-    if (Out != Dtype::none && a.out16 != a.grad && first_out % kStoreBytes == 0)
-      run_all<true>(a, factors, begin, end);
-    else
-      run_all<false>(a, factors, begin, end);
+  // Do stores of whole vectors, from element `begin` on, go to multiples of their size?
+  static bool aligned(const void* array, std::size_t element_bytes, std::size_t begin) {
+    return (reinterpret_cast<std::uintptr_t>(array) + element_bytes * begin) %
+               (element_bytes * Vector::kWidth) == 0;
   }
 
-  template <bool kStream>
-  static void run_all(const AdamArrays& a, const AdamFactors& factors, std::size_t begin,
-                      std::size_t end) {
+  static void run(const AdamArrays& a, const AdamFactors& factors, std::size_t begin,
+                  std::size_t end) {
+    // See [Note: streamed weights].
+    const bool streams_out = Out != Dtype::none && a.out16 != a.grad && aligned(a.out16, 2, begin);
+    if (a.in_place()) {
+      const State<float> to{a.master, a.exp_avg, a.exp_avg_sq};
+      if (streams_out)
+        run_all<true, false, Out != Dtype::none>(a, to, factors, begin, end);
+      else
+        run_all<true, false, false>(a, to, factors, begin, end);
+      return;
+    }
+    const State<float> to{a.new_master, a.new_exp_avg, a.new_exp_avg_sq};
+    const bool streams_state = aligned(to.master, 4, begin) && aligned(to.exp_avg, 4, begin) &&
+                               aligned(to.exp_avg_sq, 4, begin);
+    if (streams_state && (Out == Dtype::none || streams_out))
+      run_all<false, true, Out != Dtype::none>(a, to, factors, begin, end);
+    else
+      run_all<false, false, false>(a, to, factors, begin, end);
+  }
+
+  template <bool kInPlace, bool kStreamState, bool kStreamOut>
+  static void run_all(const AdamArrays& a, const State<float>& to, const AdamFactors& factors,
+                      std::size_t begin, std::size_t end) {
+    constexpr int kWrites = kInPlace ? 1 : 0;  // lines that are only read need not be owned
     const Loop loop(factors);
+    const State<const float> from{a.master, a.exp_avg, a.exp_avg_sq};
     std::size_t i = begin;
     for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
-      __builtin_prefetch(reinterpret_cast<const char*>(a.master + i) + kAhead, 1);
-      __builtin_prefetch(reinterpret_cast<const char*>(a.exp_avg + i) + kAhead, 1);
-      __builtin_prefetch(reinterpret_cast<const char*>(a.exp_avg_sq + i) + kAhead, 1);
-      loop.template step<kStream>(a.master, a.exp_avg, a.exp_avg_sq, a.grad, a.out16, i);
+      __builtin_prefetch(reinterpret_cast<const char*>(from.master + i) + kAhead, kWrites);
+      __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg + i) + kAhead, kWrites);
+      __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg_sq + i) + kAhead, kWrites);
+      loop.template step<kStreamState, kStreamOut>(from, to, a.grad, a.out16, i);
     }
-    if constexpr (kStream) Vector::fence();
-    if (i < end) loop.tail(a, i, end - i);
+    if constexpr (kStreamState || kStreamOut) Vector::fence();
+    if (i < end) loop.tail(a, to, i, end - i);
   }
 };
 

@@ -18,6 +18,7 @@ struct Vector {
 
   static Float set(float x) { return vdupq_n_f32(x); }
   static Float load(const float* from) { return vld1q_f32(from); }
+  template <bool kStream = false>
   static void store(float* to, Float x) { vst1q_f32(to, x); }
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float sub(Float a, Float b) { return vsubq_f32(a, b); }

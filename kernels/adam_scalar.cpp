@@ -64,6 +64,7 @@ struct Vector {
 
   static Float set(float x) { return x; }
   static Float load(const float* from) { return *from; }
+  template <bool kStream = false>
   static void store(float* to, Float x) { *to = x; }
   static Float add(Float a, Float b) { return a + b; }
   static Float sub(Float a, Float b) { return a - b; }

@@ -49,18 +49,24 @@ void bind_adam(py::module_& module) {
          std::uintptr_t grad, const std::string& grad_dtype, std::uintptr_t out,
          const std::optional<std::string>& out_dtype, std::size_t numel, double lr, double beta1,
          double beta2, double eps, double weight_decay, bool decoupled, std::int64_t step,
-         double grad_scale, double unscale, unsigned num_threads, const std::optional<std::string>& isa) {
+         double grad_scale, double unscale, unsigned num_threads, const std::optional<std::string>& isa,
+         std::uintptr_t new_master, std::uintptr_t new_exp_avg, std::uintptr_t new_exp_avg_sq) {
         const AdamArrays arrays{reinterpret_cast<float*>(master),
                                 reinterpret_cast<float*>(exp_avg),
                                 reinterpret_cast<float*>(exp_avg_sq),
                                 reinterpret_cast<const void*>(grad),
                                 grad_dtype_of(grad_dtype),
                                 reinterpret_cast<void*>(out),
-                                out_dtype_of(out_dtype)};
+                                out_dtype_of(out_dtype),
+                                reinterpret_cast<float*>(new_master),
+                                reinterpret_cast<float*>(new_exp_avg),
+                                reinterpret_cast<float*>(new_exp_avg_sq)};
         if (numel > 0 && (master == 0 || exp_avg == 0 || exp_avg_sq == 0 || grad == 0))
           throw std::invalid_argument("adam_update: a null pointer among master, moments, gradient");
         if (numel > 0 && (out != 0) != (arrays.out_dtype != Dtype::none))
           throw std::invalid_argument("adam_update: out_ptr and out_dtype go together");
+        if ((new_master != 0) != (new_exp_avg != 0) || (new_master != 0) != (new_exp_avg_sq != 0))
+          throw std::invalid_argument("adam_update: new arrays for master and both moments, or for none");
         const AdamFactors factors(
             {lr, beta1, beta2, eps, weight_decay, decoupled, step, unscale, grad_scale});
         const AdamImpl& impl = isa ? find_adam(*isa) : active_adam();
@@ -72,8 +78,9 @@ void bind_adam(py::module_& module) {
       py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
       py::arg("weight_decay"), py::arg("decoupled"), py::arg("step"), py::arg("grad_scale") = 1.,
       py::arg("unscale") = 1.,
-      py::arg("num_threads") = 0, py::arg("isa") = py::none(),
-      R"(Updates numel elements in place; the GIL is released.
+      py::arg("num_threads") = 0, py::arg("isa") = py::none(), py::arg("new_master_ptr") = 0,
+      py::arg("new_exp_avg_ptr") = 0, py::arg("new_exp_avg_sq_ptr") = 0,
+      R"(Updates numel elements, in place or into the three new arrays; the GIL is released.
 
 master, exp_avg and exp_avg_sq are fp32. The gradient is "float32", "bfloat16" or "float16". With an
 out_dtype of "bfloat16" or "float16" the new weights are also written to out_ptr, rounded to nearest

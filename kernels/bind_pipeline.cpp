@@ -57,7 +57,8 @@ AdamJob make_job(std::string name, std::size_t numel, std::uintptr_t grad,
                  const PlaceArg& exp_avg_sq, std::uintptr_t out, const std::optional<Extent>& out_extent,
                  const std::optional<std::string>& out_dtype,
                  std::vector<std::uintptr_t> ready_events, std::uintptr_t accum,
-                 const std::vector<std::string>& adds, std::uintptr_t magnitudes, std::int64_t rank) {
+                 const std::vector<std::string>& adds, std::uintptr_t magnitudes, std::int64_t rank,
+                 std::uintptr_t new_master, std::uintptr_t new_exp_avg, std::uintptr_t new_exp_avg_sq) {
   AdamJob job;
   job.name = std::move(name);
   job.numel = numel;
@@ -78,6 +79,9 @@ AdamJob make_job(std::string name, std::size_t numel, std::uintptr_t grad,
   job.out_dtype = out_dtype_of(out_dtype);
   job.ready_events = std::move(ready_events);
   job.rank = rank;
+  job.new_master = reinterpret_cast<float*>(new_master);
+  job.new_exp_avg = reinterpret_cast<float*>(new_exp_avg);
+  job.new_exp_avg_sq = reinterpret_cast<float*>(new_exp_avg_sq);
   return job;
 }
 
@@ -135,6 +139,9 @@ of adds says ("keep", "set", "add"), and the update is made from the sums; with 
 `magnitudes` points to two doubles a segment, which receive its sums' sum of squares and largest
 magnitude.
 
+With the host pointers new_master, new_exp_avg and new_exp_avg_sq (all or none) the new fp32 values go
+there, and the old ones, all in memory, are only read.
+
 Of the jobs that can be updated, that of the lowest rank comes first.)")
       .def(py::init(&make_job), py::kw_only(), py::arg("name"), py::arg("numel"), py::arg("grad"),
            py::arg("grad_dtype"), py::arg("segments"), py::arg("groups"), py::arg("master"),
@@ -142,7 +149,8 @@ Of the jobs that can be updated, that of the lowest rank comes first.)")
            py::arg("out_extent") = py::none(), py::arg("out_dtype") = py::none(),
            py::arg("ready_events") = std::vector<std::uintptr_t>{}, py::arg("accum") = 0,
            py::arg("adds") = std::vector<std::string>{}, py::arg("magnitudes") = 0,
-           py::arg("rank") = 0)
+           py::arg("rank") = 0, py::arg("new_master") = 0, py::arg("new_exp_avg") = 0,
+           py::arg("new_exp_avg_sq") = 0)
       .def_readonly("name", &AdamJob::name)
       .def_readonly("numel", &AdamJob::numel)
       .def_property_readonly("buffer_bytes", &buffer_bytes,
@@ -173,6 +181,8 @@ bytes), 4096-byte aligned, owned by the caller and alive as long as the pipeline
            py::arg("buffers"), "Replaces the state buffers; only while no job is in flight.")
       .def("submit", &AdamPipeline::submit, py::arg("job"), Release(),
            "Queues a job and returns its ticket. ValueError for a job that makes no sense.")
+      .def("cancel", &AdamPipeline::cancel, py::arg("ticket"), Release(),
+           "Drops a job whose update has not begun and that takes no state buffer; it is done soon.")
       .def("done", &AdamPipeline::done, py::arg("ticket"), Release(),
            "True when the new weights are in memory and everything on SSD is written, or it failed.")
       .def("weights_ready", &AdamPipeline::weights_ready, py::arg("ticket"), Release(),

@@ -59,6 +59,7 @@ struct AdamPipeline::Task {
 
   // Below: guarded by mutex_ until the stage says whose the task is.
   Stage stage = Stage::ready;
+  bool cancelled = false;
   bool events_done = true;
   std::vector<std::uintptr_t> events;  // not yet complete; looked at by the Adam thread alone
   double events_deadline_s = 0.;  // 0 until first looked at
@@ -201,6 +202,18 @@ Ticket AdamPipeline::submit(AdamJob job) {
   return task->ticket;
 }
 
+void AdamPipeline::cancel(Ticket ticket) {
+  const std::lock_guard lock(mutex_);
+  find(ticket);  // throws for an unknown one
+  const auto at = std::find_if(tasks_.begin(), tasks_.end(),
+                               [&](const TaskPtr& task) { return task->ticket == ticket; });
+  if (at == tasks_.end() || (*at)->needs_buffer || (*at)->stage != Stage::ready) return;
+  const TaskPtr task = *at;
+  task->cancelled = true;
+  // Once a job is done, its events may be destroyed: while they are looked at, the Adam thread finishes it.
+  if (task.get() != polled_) finish(task);
+}
+
 // ---- with mutex_ held ----
 
 void AdamPipeline::changed() {
@@ -252,9 +265,9 @@ void AdamPipeline::start_reads() {
 void AdamPipeline::finish(const TaskPtr& task) {
   task->stage = Stage::done;
   if (task->buffer != nullptr) task->buffer->taken = false;
-  if (task->failure)
+  if (task->failure && !task->cancelled)
     failures_.emplace(task->ticket, *task->failure);
-  else
+  else if (!task->cancelled)
     ++stats_.jobs;
   ++progress_;
   std::erase(tasks_, task);
@@ -333,6 +346,9 @@ void AdamPipeline::update(Task& task) {
     arrays.grad_dtype = job.accum != nullptr ? Dtype::f32 : job.grad_dtype;
     arrays.out16 = has_out ? task.memory_of(job.out) : nullptr;
     arrays.out_dtype = job.out_dtype;
+    arrays.new_master = job.new_master;
+    arrays.new_exp_avg = job.new_exp_avg;
+    arrays.new_exp_avg_sq = job.new_exp_avg_sq;
   }
   if (has_out && job.out.host == nullptr) zero_gaps(job, static_cast<char*>(arrays.out16));
   std::vector<Magnitude> magnitudes(job.magnitudes != nullptr ? task.pieces.size() : 0);
@@ -357,16 +373,18 @@ void AdamPipeline::update(Task& task) {
 // Are the events of a job with its state in memory complete? Lets go of `lock` to ask.
 bool AdamPipeline::has_arrived(const TaskPtr& task, bool& polling, std::unique_lock<std::mutex>& lock) {
   if (task->events_done) return true;
+  polled_ = task.get();
   lock.unlock();
   const bool arrived = poll_events(*task);
   lock.lock();
+  polled_ = nullptr;
   polling |= !arrived;
   task->events_done = arrived;
   return arrived;
 }
 
 // See [Note: whose turn it is]. Null where nothing can be updated, or where what there is has changed
-// meanwhile; `polling` where events must be asked again.
+// meanwhile; `polling` where events must be asked again. While they are, other tasks may be cancelled.
 AdamPipeline::TaskPtr AdamPipeline::next_update(const std::vector<TaskPtr>& waiting, bool& polling,
                                                 std::unique_lock<std::mutex>& lock) {
   const bool naive = options_.mode == PipelineMode::naive;
@@ -380,7 +398,12 @@ AdamPipeline::TaskPtr AdamPipeline::next_update(const std::vector<TaskPtr>& wait
       continue;
     }
     if (task->stage != Stage::ready && !asks_first) continue;
-    if (!has_arrived(task, polling, lock)) {
+    const bool has_events = has_arrived(task, polling, lock);
+    if (task->cancelled) {
+      finish(task);
+      return nullptr;
+    }
+    if (!has_events) {
       late |= !task->needs_buffer;
       continue;
     }
@@ -401,7 +424,7 @@ AdamPipeline::TaskPtr AdamPipeline::next_update(const std::vector<TaskPtr>& wait
     return a->job.rank < b->job.rank;
   });
   for (const TaskPtr& task : arrived)
-    if (!conflicts(*task)) return task;
+    if (!task->cancelled && !conflicts(*task)) return task;
   return nullptr;
 }
 

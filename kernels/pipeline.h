@@ -58,7 +58,7 @@ struct PipelineStats {
   double read_wait_s = 0.;   // nothing to update, the next job's state not read yet
   double event_wait_s = 0.;  // nothing to update, the next job's events not complete
   std::uint64_t params = 0;  // elements updated
-  std::uint64_t jobs = 0;    // finished, the failed ones left out
+  std::uint64_t jobs = 0;    // finished, the failed and cancelled ones left out
 };
 
 // Thread-safe. Jobs are updated in the order of [Note: whose turn it is]; of one rank, in the order they
@@ -84,6 +84,10 @@ class AdamPipeline {
   // Throws std::invalid_argument for a job that makes no sense or fits no state buffer. Tickets grow
   // by one.
   Ticket submit(AdamJob job);
+
+  // Drops a job whose update has not begun and that takes no state buffer: it is done soon, without
+  // failure, its arrays untouched, and counts nowhere. Leaves any other job alone. Never waits for an update.
+  void cancel(Ticket ticket);
 
   // Done: the new weights are in host memory (if they have a place there) and everything on SSD is
   // written. A failed job is done; wait() then throws what went wrong, as often as it is called.
@@ -153,6 +157,7 @@ class AdamPipeline {
   std::vector<std::unique_ptr<Buffer>> buffers_;
   std::map<Ticket, TransferError> failures_;
   Ticket last_ticket_ = 0;
+  const Task* polled_ = nullptr;  // whose events the Adam thread is asking for, without mutex_
   bool stopping_ = false;
   bool adam_ended_ = false;
   PipelineStats stats_;

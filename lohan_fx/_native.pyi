@@ -180,14 +180,20 @@ def adam_update(
     unscale: float = 1.0,
     num_threads: int = 0,
     isa: str | None = None,
+    new_master_ptr: int = 0,
+    new_exp_avg_ptr: int = 0,
+    new_exp_avg_sq_ptr: int = 0,
 ) -> None:
-    """Updates numel elements in place, with torch.optim.AdamW's arithmetic.
+    """Updates numel elements with torch.optim.AdamW's arithmetic.
 
     master, exp_avg and exp_avg_sq are fp32; grad_dtype is "float32", "bfloat16" or "float16". With an
     out_dtype ("bfloat16", "float16") the new weights also go to out_ptr, rounded to nearest even; it
     may be the memory of a 16-bit gradient. Else out_ptr is 0. `decoupled` is AdamW, else L2. Gradients
     are multiplied by unscale first, then by grad_scale. Every instruction set and number of threads
     (0: all usable CPUs) gives the same bits.
+
+    The update is in place; with the three new_ pointers (all or none) master and moments are read only and
+    their new values go there, to memory that overlaps no other array of the call.
     """
 
 # ---- optimizer pipeline ----
@@ -248,6 +254,10 @@ class AdamJob:
     With no groups there is no update, and no place for state is needed (0). `magnitudes` points to two
     doubles for each segment: its sums' sum of squares, and their largest magnitude (NaN counts as it).
 
+    The update is in place, or the host pointers new_master, new_exp_avg and new_exp_avg_sq (all or none)
+    receive the new fp32 values of the segments: then the old ones, which must be in memory, are
+    only read, and no new array may overlap another array of the job. 16-bit weights go to `out` either way.
+
     Of the jobs that can be updated, that of the lowest rank comes first.
     """
 
@@ -271,6 +281,9 @@ class AdamJob:
         adds: Sequence[str] = (),
         magnitudes: int = 0,
         rank: int = 0,
+        new_master: int = 0,
+        new_exp_avg: int = 0,
+        new_exp_avg_sq: int = 0,
     ) -> None: ...
     @property
     def name(self) -> str: ...
@@ -308,6 +321,14 @@ class AdamPipeline:
     def submit(self, job: AdamJob) -> int:
         """Queues the job and returns its ticket; tickets grow by one."""
 
+    def cancel(self, ticket: int) -> None:
+        """Drops the job if its update has not begun and it takes no state buffer; else does nothing.
+
+        A dropped job is done soon: its arrays stay as they are, wait() returns without error, stats and
+        trace leave it out. Returns at once, also while another job is being updated. ValueError for a ticket
+        that was never given.
+        """
+
     def done(self, ticket: int) -> bool:
         """True once new weights are in host memory and all of the job on SSD is written.
 
@@ -340,7 +361,8 @@ class AdamPipeline:
         """Totals since construction.
 
         adam_s, read_s, write_s: seconds a lane was busy. read_wait_s, event_wait_s: seconds without an
-        update because the next job's state, or its gradient, was not there. params, jobs: updated.
+        update because the next job's state, or its gradient, was not there. params, jobs: updated
+        (cancelled and failed jobs are left out).
         """
 
     def take_trace(self) -> list[tuple[str, str, float, float]]:

@@ -183,15 +183,20 @@ class Bucket:
                 assert torch.equal(self.value("out")[covered], expected), self.name
 
 
-# A driver whose events are ints in memory: 0 not ready, 1 complete, 2 failed.
+# A driver whose events are ints in memory: 0 not ready, 1 complete, 2 failed, 3 destroyed. It is slow to
+# say that one is not ready.
 FAKE_DRIVER = """
+#include <stdlib.h>
+#include <unistd.h>
 int cuInit(unsigned flags) { return 0; }
 int cuDeviceGet(int* device, int index) { *device = index; return 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { *context = context; return 0; }
 int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
 int cuCtxSetCurrent(void* context) { return 0; }
 int cuEventQuery(void* event) {
-  switch (*(volatile int*)event) { case 0: return 600; case 1: return 0; default: return 700; }
+  volatile int* state = event;
+  if (*state == 0) usleep(100);
+  switch (*state) { case 0: return 600; case 1: return 0; case 3: abort(); default: return 700; }
 }
 int cuGetErrorName(int error, const char** name) {
   *name = "CUDA_ERROR_ILLEGAL_ADDRESS";

@@ -278,6 +278,76 @@ def test_a_scaled_gradient_is_that_of_an_unscaled_one() -> None:
         assert torch.equal(a[normal], b[normal])
 
 
+UNTOUCHED = -7.0
+
+
+def room(numel: int, moved: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A slice of something larger, `moved` elements behind an address that vectors may be streamed to."""
+    start = 16 + moved
+    return torch.full((start + numel + 16,), UNTOUCHED, dtype=dtype)[start : start + numel]
+
+
+def around(tensor: torch.Tensor) -> torch.Tensor:
+    """What is left and right of such a slice."""
+    whole, start = tensor._base, tensor.storage_offset()
+    assert whole is not None
+    return torch.cat([whole[:start], whole[start + len(tensor) :]])
+
+
+def new_pointers(new: list[torch.Tensor]) -> dict[str, int]:
+    names = ("new_master_ptr", "new_exp_avg_ptr", "new_exp_avg_sq_ptr")
+    return {name: tensor.data_ptr() for name, tensor in zip(names, new, strict=True)}
+
+
+@pytest.mark.parametrize(("moved", "out_moved"), [(0, 0), (0, 1), (1, 0), (8, 8)])
+@pytest.mark.parametrize("variant", ["adamw", "l2"])
+@pytest.mark.parametrize("isa", native.available_isas())
+def test_new_arrays_receive_the_bits_of_an_update_in_place(
+    isa: str, variant: str, moved: int, out_moved: int
+) -> None:
+    settings = VARIANTS[variant]
+    for grad_dtype, out_dtype in itertools.product(GRAD_DTYPES, OUT_DTYPES):
+        for numel in (1, 5, 15, 16, 33, 64, 100, 1003):
+            in_place = make_arrays(numel, grad_dtype, out_dtype, seed=numel)
+            old = in_place.clone()
+            apart = in_place.clone()
+            if out_dtype is not None:
+                apart = replace(apart, out=room(numel, out_moved, DTYPES[out_dtype]))
+            new = [room(numel, moved) for _ in range(3)]
+            update(in_place, isa=isa, **settings)
+            update(apart, isa=isa, **settings, **new_pointers(new))
+            written = new if apart.out is None else [*new, apart.out]
+            for tensor, expected in zip(written, in_place.tensors(), strict=True):
+                assert torch.equal(bits(tensor), bits(expected))
+                assert (around(tensor) == UNTOUCHED).all()
+            for now, then in zip(apart.tensors()[:3], old.tensors()[:3], strict=True):
+                assert torch.equal(bits(now), bits(then))
+
+
+@pytest.mark.parametrize("isa", native.available_isas())
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_with_new_arrays_weights_may_still_replace_the_gradient(isa: str, dtype: str) -> None:
+    in_place = make_arrays(1003, dtype, dtype)
+    shared = in_place.clone()
+    shared = replace(shared, out=shared.grad)
+    new = [room(1003, 0) for _ in range(3)]
+    update(in_place, isa=isa)
+    update(shared, isa=isa, **new_pointers(new))
+    for tensor, expected in zip([*new, shared.grad], in_place.tensors(), strict=True):
+        assert torch.equal(bits(tensor), bits(expected))
+
+
+def test_threads_see_the_same_new_arrays() -> None:
+    in_place = make_arrays(300_001, "bfloat16", "float16")
+    apart = in_place.clone()
+    new = [room(300_001, 0) for _ in range(3)]
+    update(in_place, isa="scalar", num_threads=1)
+    update(apart, num_threads=2, **new_pointers(new))
+    for tensor, expected in zip([*new, apart.out], in_place.tensors(), strict=True):
+        assert tensor is not None
+        assert torch.equal(bits(tensor), bits(expected))
+
+
 def run_python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -323,6 +393,8 @@ def test_a_call_that_makes_no_sense_says_why() -> None:
         native.adam_update(*pointers, "float32", 0, "bfloat16", 4, **HYPER)
     with refused("null pointer"):
         native.adam_update(0, *pointers[1:], "float32", 0, None, 4, **HYPER)
+    with refused("new arrays for master and both moments, or for none"):
+        native.adam_update(*pointers, "float32", 0, None, 4, **HYPER, new_master_ptr=pointers[0])
     with refused("counts from 1", "0"):
         native.adam_update(*pointers, "float32", 0, None, 4, **(HYPER | {"step": 0}))
 
