@@ -19,6 +19,7 @@ optimal   the program's plan or any policy's that is better, with a proved bound
 lohan     LoHan's own algorithm
 policies  what other systems do
 choice    which of two plans is better
+speculation  whether to update before step() decides
 sharing   windows for steps that run in turns
 words     why items are where they are, or why nothing fits
 validate  a checker that shares no code with the ledger and the solvers
@@ -61,6 +62,7 @@ from lohan_fx.planner.simulate import (
     simulate,
 )
 from lohan_fx.planner.solution import Forced, Optimality, Prediction, Solution, Windows
+from lohan_fx.planner.speculation import with_speculation
 from lohan_fx.planner.traffic import accumulator_bytes
 from lohan_fx.planner.validate import validate
 
@@ -149,4 +151,5 @@ __all__ = [
     "speculates",
     "start_with_least_dram",
     "validate",
+    "with_speculation",
 ]

@@ -36,6 +36,7 @@ from lohan_fx.planner.traffic import (
     accumulator_bytes,
     activation_traffic,
     bucket_traffic,
+    spare_bytes,
     stage_traffic,
     state_buffer_bytes,
     state_section_bytes,
@@ -245,7 +246,8 @@ class Ledger:
         first, last = gradient_interval(bucket)
         self._open[last : first + 1] += sign
         if place.state is Place.DRAM:
-            self._in_dram["optimizer"] += sign * state_section_bytes(bucket)
+            spare = spare_bytes(problem.overlap, bucket, place)
+            self._in_dram["optimizer"] += sign * (state_section_bytes(bucket) + spare)
         else:
             self._on_ssd["optimizer"] += sign * state_section_bytes(bucket)
         if size := state_buffer_bytes(bucket, place):

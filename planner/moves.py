@@ -27,6 +27,7 @@ from lohan_fx.planner.traffic import (
     bucket_traffic,
     lane_seconds,
     phase_seconds,
+    spare_bytes,
     state_section_bytes,
     weight_section_bytes,
     written_bytes,
@@ -160,7 +161,9 @@ def _first_stage(bucket: Bucket) -> int:
     return min((*bucket.forward_stages, *bucket.backward_stages), default=0)
 
 
-def item_bytes(item: Bucket | Activation, place: AnyPlace) -> tuple[int, int, int]:
+def item_bytes(
+    problem: Problem, item: Bucket | Activation, place: AnyPlace
+) -> tuple[int, int, int]:
     """Resident bytes of an item in (GPU, DRAM, SSD), for scoring; windows are not in it."""
     found = {Place.GPU: 0, Place.DRAM: 0, Place.SSD: 0, Place.RECOMPUTE: 0}
     if isinstance(item, Bucket):
@@ -172,6 +175,7 @@ def item_bytes(item: Bucket | Activation, place: AnyPlace) -> tuple[int, int, in
         found[place.state] += (
             state_section_bytes(item) if place.state is on_ssd else item.state_bytes
         )
+        found[Place.DRAM] += spare_bytes(problem.overlap, item, place)
     else:
         assert isinstance(place, Place)
         found[place] += item.bytes
@@ -192,7 +196,7 @@ class Search:
             item = self._item(group, group.typical)
             places = self._places(item)
             costs = {place: self._traffic(item, place) for place in places}
-            held = {place: item_bytes(item, place) for place in places}
+            held = {place: item_bytes(problem, item, place) for place in places}
             for source in places:
                 for target in places:
                     if source != target:

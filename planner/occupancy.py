@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lohan_fx.planner.ledger import Ledger, activation_spans, bucket_spans
 from lohan_fx.planner.problem import Place
 from lohan_fx.planner.solution import Windows
+from lohan_fx.planner.traffic import spare_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,9 @@ def gpu_occupants(ledger: Ledger, windows: Windows, position: int) -> tuple[Occu
 
 def dram_occupants(ledger: Ledger, windows: Windows) -> tuple[Occupant, ...]:
     """All that is in DRAM, which is allocated before the first step; largest first."""
-    weights = states = 0
+    weights = states = spares = 0
     for bucket, place in zip(ledger.problem.buckets, ledger.buckets, strict=True):
+        spares += spare_bytes(ledger.problem.overlap, bucket, place)
         weights += bucket.weight_bytes if place.weight is Place.DRAM else 0
         states += bucket.state_bytes if place.state is Place.DRAM else 0
     activations = sum(
@@ -58,6 +60,7 @@ def dram_occupants(ledger: Ledger, windows: Windows) -> tuple[Occupant, ...]:
     found = [
         Occupant("weights", "parameters", weights),
         Occupant("optimizer states", "parameters", states),
+        Occupant("second copies, for updates that step() may drop", "parameters", spares),
         Occupant("swapped activations", "activation", activations),
         Occupant("buffers between SSD and GPU", "window", windows.inbound_bytes),
         Occupant("buffers between GPU and SSD", "window", windows.outbound_bytes),

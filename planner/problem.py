@@ -299,6 +299,11 @@ def _faults(problem: Problem) -> list[str]:
     found: list[str] = []
     if not num_stages:
         found.append("it has no stages")
+    if problem.accumulates and problem.overlap is Overlap.SPECULATIVE:
+        found.append(
+            "it sums gradients, and updates before step() would read sums that are not complete; "
+            f"use {str(Overlap.NEXT_FORWARD)!r} in place of {str(Overlap.SPECULATIVE)!r}"
+        )
     if problem.max_ssd_bytes_per_day is not None and problem.max_ssd_bytes_per_day < 0:
         found.append(f"its bound on SSD writes is negative: {problem.max_ssd_bytes_per_day}")
     found += _misplaced("stage", problem.stages)

@@ -15,6 +15,7 @@ from lohan_fx.planner.problem import (
     Place,
     Problem,
     align_up,
+    speculates,
 )
 from lohan_fx.planner.solution import Windows
 
@@ -34,7 +35,7 @@ TRAFFIC_WIDTH = _CHAIN + 3
 
 
 def optimizer_phase(overlap: Overlap) -> int:
-    """The phase under which the optimizer runs."""
+    """The phase under which the optimizer runs, but for buckets that speculate."""
     if overlap is Overlap.SERIAL:
         return UPDATE
     return FORWARD if overlap.waits_for_step else BACKWARD
@@ -63,6 +64,16 @@ def accumulator_bytes(bucket: Bucket) -> int:
 
 def weight_section_bytes(bucket: Bucket) -> int:
     return align_up(bucket.weight_bytes, PAGE)
+
+
+def spare_bytes(overlap: Overlap, bucket: Bucket, place: BucketPlace) -> int:
+    """Bytes of DRAM for the second copy of a bucket's weights and state; 0 unless it speculates.
+
+    Weights that rest on the GPU have one too: the new ones wait there for step() and their upload.
+    """
+    if not speculates(overlap, bucket, place):
+        return 0
+    return state_section_bytes(bucket) + weight_section_bytes(bucket)
 
 
 def update_bytes(problem: Problem, bucket: Bucket) -> int:
@@ -94,7 +105,9 @@ def bucket_traffic(problem: Problem, bucket: Bucket, place: BucketPlace) -> Floa
                     amount[phase, _DRAM] += section
     if not bucket.trainable:
         return total
-    update = amount[optimizer_phase(problem.overlap)]
+    update = decided = amount[optimizer_phase(problem.overlap)]
+    if speculates(problem.overlap, bucket, place):
+        update = amount[BACKWARD]
     touched = update_bytes(problem, bucket)
     if place.state is Place.GPU:
         if problem.lanes.gpu_bytes_per_s:
@@ -106,8 +119,8 @@ def bucket_traffic(problem: Problem, bucket: Bucket, place: BucketPlace) -> Floa
     update[_DRAM] += touched
     read = written = 0
     if place.weight is Place.GPU:
-        update[_H2D] += weight
-        update[_DRAM] += weight
+        decided[_H2D] += weight
+        decided[_DRAM] += weight
     if place.weight is Place.SSD:
         written += section
         read += 0 if bucket.has_master else section

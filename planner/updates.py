@@ -16,6 +16,7 @@ from lohan_fx.planner.problem import (
     Place,
     Problem,
     align_up,
+    speculates,
 )
 from lohan_fx.planner.solution import Windows
 from lohan_fx.planner.streams import GRADIENTS, WORKSPACE, Host, Streams, Wanted
@@ -46,15 +47,17 @@ class _Record:
         "last_copy",
         "place",
         "released",
+        "speculates",
         "task",
         "upload",
         "waiting",
     )
 
-    def __init__(self, bucket: Bucket, place: BucketPlace) -> None:
+    def __init__(self, overlap: Overlap, bucket: Bucket, place: BucketPlace) -> None:
         self.bucket = bucket
         self.place = place
         self.by_cpu = place.state is not Place.GPU
+        self.speculates = speculates(overlap, bucket, place)
         self.arrived = False
         self.released = True
         self.waiting = False  # gradients are held and the update has not begun
@@ -89,7 +92,9 @@ class Updates:
         self._released_late = released_late
         self._host_passes = host_passes
         self._records = {
-            b.index: _Record(b, places[b.index]) for b in problem.buckets if b.trainable
+            b.index: _Record(self._overlap, b, places[b.index])
+            for b in problem.buckets
+            if b.trainable
         }
         by_cpu = [r for r in self._records.values() if r.by_cpu]
         waits = self._overlap.waits_for_step
@@ -98,6 +103,7 @@ class Updates:
         self._window: deque[tuple[Job, int]] = deque()
         self._window_bytes = 0
         self._jobs: deque[Task] = deque()
+        self._undecided: set[Task] = set()  # step() has yet to say whether they count
         self._progressed = 0  # of the pipeline's progress, what has been seen
         self.pipeline = Pipeline(
             streams.fluid,
@@ -119,8 +125,15 @@ class Updates:
             self._drop_gradient()
 
     def step(self, order: Iterable[int]) -> Host:
-        """What step() does in the modes that wait for it: start the updates in this order."""
+        """What step() does in the modes that wait for it: start the updates in this order.
+
+        Those made already count from now on: the replay is of steps that change no gradient.
+        """
         records = [self._records[index] for index in order]
+        self._undecided.clear()
+        for record in records:  # uploads come in the order in which the forward reads
+            if record.task is not None and self._weights_ready(record.task):
+                self._progress(record.task)
         for record in sorted(records, key=lambda r: r.by_cpu):  # those on the GPU first
             if record.waiting:
                 self._start_update(record)
@@ -145,6 +158,8 @@ class Updates:
         return True
 
     def _weights_ready(self, task: Task) -> bool:
+        if task in self._undecided:
+            return False
         if self._places[task.bucket].weight is Place.SSD:
             return task.stage is Stage.DONE
         return task.stage >= Stage.WRITING
@@ -187,7 +202,8 @@ class Updates:
                 record.bucket.weight_bytes,
                 point=task.point,
             )
-            buffer.busy = record.upload
+            if not record.speculates:  # else it reads the second copy
+                buffer.busy = record.upload
         if not self._overlap.waits_for_step:
             self._ring.append(buffer)
 
@@ -254,7 +270,7 @@ class Updates:
 
     def _maybe_start(self, record: _Record) -> None:
         ready = record.arrived and record.released and record.waiting
-        if ready and not self._overlap.waits_for_step:
+        if ready and (record.speculates or not self._overlap.waits_for_step):
             self._start_update(record)
 
     def _start_update(self, record: _Record) -> None:
@@ -295,6 +311,8 @@ class Updates:
             point=self._streams.issued,
         )
         record.task = task
+        if record.speculates:
+            self._undecided.add(task)
         self._jobs.append(task)
         self.pipeline.submit(task)
 

@@ -273,6 +273,11 @@ def _dram(problem: Problem, solution: Solution) -> list[str]:
     used += _pages(sum(slots))
     if problem.accumulates:
         used += sum(_pages(4 * bucket.numel) for bucket, _ in updated)
+    if problem.overlap == Overlap.SPECULATIVE:
+        # New values are written beside the old ones where an update touches no SSD.
+        for bucket, place in updated:
+            if Place.SSD not in (place.weight, place.state):
+                used += _pages(bucket.weight_bytes) + _state_sections(bucket)
     gradients = [_pages(b.grad_bytes) for b, _ in updated]
     if problem.overlap in _WAITING:
         used += sum(gradients)

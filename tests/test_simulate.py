@@ -354,7 +354,7 @@ def placed(draw: st.DrawFn) -> tuple[Problem, list[BucketPlace], list[Place]]:
         question,
         capacities=Capacities(draw(st.sampled_from([8, 60])) * MIB, 10**12, 10**12),
         max_ssd_bytes_per_day=None,
-        accumulates=draw(st.booleans()),
+        accumulates=question.overlap is not Overlap.SPECULATIVE and draw(st.booleans()),
     )
     buckets = [draw(st.sampled_from(bucket_places(b))) for b in question.buckets]
     acts = [draw(st.sampled_from(activation_places(a))) for a in question.activations]
