@@ -1,115 +1,15 @@
 #include "pipeline.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
-#include <exception>
-#include <optional>
 #include <stdexcept>
 #include <utility>
 
 #include "cuda_driver.h"
 #include "native_thread.h"
+#include "pipeline_task.h"
 
 namespace lohan_fx {
-namespace {
-
-double now_s() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-std::string seconds(double s) {
-  std::string text = std::to_string(s);
-  text.erase(text.find_last_not_of('0') + 1);
-  if (text.back() == '.') text.pop_back();
-  return text + " s";
-}
-
-}  // namespace
-
-// Where a job's bytes are. Each stage leads to the next one; a job with nothing on SSD begins at ready
-// and one with nothing to write ends after updating. A failure leads to done from anywhere.
-enum class Stage {
-  queued,    // on SSD; waits for a state buffer
-  reading,   // on their way into the buffer
-  ready,     // all in host memory; waits for its events and its turn
-  updating,  // being changed
-  writing,   // new weights in host memory; state and weights on their way to SSD
-  done,
-};
-
-struct AdamPipeline::Buffer {
-  StateBuffer memory;
-  bool taken = false;
-  std::vector<lohan_fx::Ticket> stuck;  // gave up waiting for these; they may still touch the memory
-};
-
-struct AdamPipeline::Task {
-  struct Piece {
-    std::size_t begin, end, group, segment;
-    Add add;
-  };
-
-  AdamJob job;
-  lohan_fx::Ticket ticket = 0;
-  bool needs_buffer = false;  // something of it is on SSD only
-  bool writes = false;        // something of it is on SSD
-  std::vector<AdamFactors> factors;
-  std::vector<Piece> pieces;
-
-  // Below: guarded by mutex_ until the stage says whose the task is.
-  Stage stage = Stage::ready;
-  bool cancelled = false;
-  bool events_done = true;
-  std::vector<std::uintptr_t> events;  // not yet complete; looked at by the Adam thread alone
-  double events_deadline_s = 0.;  // 0 until first looked at
-  Buffer* buffer = nullptr;
-  std::vector<lohan_fx::Ticket> io;  // this stage's reads or writes
-  double io_start_s = 0.;
-  std::optional<TransferError> failure;
-
-  void fail(const std::string& message, const std::string& path = "", std::int64_t offset = -1,
-            int error = 0) {
-    if (!failure)  // the first one is the cause
-      failure.emplace("optimizer job '" + job.name + "': " + message, path, offset, error);
-  }
-
-  // Calls `issue` and takes what it throws as this task's failure.
-  template <typename Issue>
-  void attempt(Issue&& issue) {
-    try {
-      issue();
-    } catch (const TransferError& error) {
-      fail(error.what(), error.path, error.offset, error.error);
-    } catch (const std::exception& error) {
-      fail(error.what());
-    }
-  }
-
-  // The array's memory: its host place, else its part of the state buffer.
-  void* memory_of(const Place& place) const {
-    if (place.host != nullptr) return place.host;
-    auto* memory = static_cast<char*>(buffer->memory.data);
-    for (const Array& array : arrays_of(job)) {
-      if (array.place == &place) break;
-      if (array.place->host == nullptr) memory += round_up_page(array.bytes);
-    }
-    return memory;
-  }
-
-  const char* doing() const {
-    switch (stage) {
-      case Stage::queued: return "waiting for a state buffer";
-      case Stage::reading: return "reading its state";
-      case Stage::ready:
-        return events_done ? "waiting for its turn" : "waiting for its gradient";
-      case Stage::updating: return "updating";
-      case Stage::writing: return "writing its state back";
-      case Stage::done: break;
-    }
-    return "done";
-  }
-};
 
 AdamPipeline::AdamPipeline(PipelineOptions options, std::shared_ptr<FileEngine> engine,
                            std::vector<StateBuffer> buffers)
@@ -260,6 +160,12 @@ void AdamPipeline::start_reads() {
     });
     reading_.push_back(task);
   }
+}
+
+void AdamPipeline::record(const Task& task, const char* lane, double start_s, double end_s) {
+  if (options_.trace_events == 0) return;
+  if (trace_.size() == options_.trace_events) trace_.pop_front();
+  trace_.push_back({task.job.name, lane, start_s, end_s});
 }
 
 void AdamPipeline::finish(const TaskPtr& task) {
@@ -519,123 +425,6 @@ void AdamPipeline::write_loop() {
     record(*task, "ssd_write", task->io_start_s, end_s);
     finish(task);
   }
-}
-
-// ---- for callers ----
-
-const AdamPipeline::Task* AdamPipeline::find(Ticket ticket) const {
-  if (ticket > last_ticket_)
-    throw std::invalid_argument("no optimizer job has ticket " + std::to_string(ticket));
-  for (const TaskPtr& task : tasks_)
-    if (task->ticket == ticket) return task.get();
-  return nullptr;
-}
-
-bool AdamPipeline::done(Ticket ticket) const {
-  const std::lock_guard lock(mutex_);
-  return find(ticket) == nullptr;
-}
-
-bool AdamPipeline::weights_ready(Ticket ticket) const {
-  const std::lock_guard lock(mutex_);
-  const Task* const task = find(ticket);
-  return task == nullptr || task->stage >= Stage::writing;
-}
-
-void AdamPipeline::wait_until(const std::function<bool()>& reached,
-                              const std::function<std::string()>& missed, double timeout_s,
-                              const std::function<void()>& between,
-                              std::unique_lock<std::mutex>& lock) const {
-  const double deadline_s = now_s() + timeout_s;
-  while (!reached()) {
-    const double left_s = deadline_s - now_s();
-    if (left_s <= 0.)
-      throw TransferError(missed() + " after " + seconds(timeout_s), "", -1, ETIMEDOUT);
-    const double slice_s = between ? std::min(left_s, .1) : left_s;
-    change_.wait_for(lock, std::chrono::duration<double>(std::min(slice_s, 3600.)), reached);
-    if (between && !reached()) {
-      lock.unlock();
-      between();
-      lock.lock();
-    }
-  }
-}
-
-void AdamPipeline::wait_for(Ticket ticket, bool weights_only, double timeout_s,
-                            const std::function<void()>& between) const {
-  std::unique_lock lock(mutex_);
-  const auto reached = [&] {
-    const Task* const task = find(ticket);
-    return task == nullptr || (weights_only && task->stage >= Stage::writing);
-  };
-  const auto missed = [&] {
-    const Task& task = *find(ticket);
-    return "optimizer job '" + task.job.name + "' is not done (" + task.doing() + ")";
-  };
-  wait_until(reached, missed, timeout_s, between, lock);
-  const auto failure = failures_.find(ticket);
-  if (failure != failures_.end()) throw TransferError(failure->second);
-}
-
-std::uint64_t AdamPipeline::progress() const {
-  const std::lock_guard lock(mutex_);
-  return progress_;
-}
-
-void AdamPipeline::wait_any_weights(const std::vector<Ticket>& tickets, double timeout_s,
-                                    const std::function<void()>& between) const {
-  if (tickets.empty()) throw std::invalid_argument("no optimizer job to wait for");
-  std::unique_lock lock(mutex_);
-  const auto reached = [&] {
-    return std::any_of(tickets.begin(), tickets.end(), [&](Ticket ticket) {
-      const Task* const task = find(ticket);
-      return task == nullptr || task->stage >= Stage::writing;
-    });
-  };
-  const auto missed = [&] {
-    const Task& task = *find(tickets.front());
-    return "none of " + std::to_string(tickets.size()) + " optimizer jobs is done, the first of them '" +
-           task.job.name + "' (" + task.doing() + ")";
-  };
-  wait_until(reached, missed, timeout_s, between, lock);
-}
-
-void AdamPipeline::wait(Ticket ticket, double timeout_s, const std::function<void()>& between) const {
-  wait_for(ticket, false, timeout_s, between);
-}
-
-void AdamPipeline::wait_weights(Ticket ticket, double timeout_s,
-                                const std::function<void()>& between) const {
-  wait_for(ticket, true, timeout_s, between);
-}
-
-void AdamPipeline::drain(double timeout_s, const std::function<void()>& between) const {
-  std::unique_lock lock(mutex_);
-  const auto missed = [&] {
-    const Task& task = *tasks_.front();
-    return std::to_string(tasks_.size()) + " optimizer jobs are not done, the first of them '" +
-           task.job.name + "' (" + task.doing() + ")";
-  };
-  wait_until([&] { return tasks_.empty(); }, missed, timeout_s, between, lock);
-  if (!failures_.empty()) throw TransferError(failures_.begin()->second);
-}
-
-void AdamPipeline::record(const Task& task, const char* lane, double start_s, double end_s) {
-  if (options_.trace_events == 0) return;
-  if (trace_.size() == options_.trace_events) trace_.pop_front();
-  trace_.push_back({task.job.name, lane, start_s, end_s});
-}
-
-PipelineStats AdamPipeline::stats() const {
-  const std::lock_guard lock(mutex_);
-  return stats_;
-}
-
-std::vector<AdamPipeline::Event> AdamPipeline::take_trace() {
-  const std::lock_guard lock(mutex_);
-  std::vector<Event> events(trace_.begin(), trace_.end());
-  trace_.clear();
-  return events;
 }
 
 }  // namespace lohan_fx

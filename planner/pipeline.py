@@ -10,7 +10,7 @@ from lohan_fx.planner.fluid import Fluid, Item, Job, Lane
 
 
 class Stage(enum.IntEnum):
-    """Where a task is; see kernels/pipeline.cpp."""
+    """Where a task is; see kernels/pipeline_task.h."""
 
     QUEUED = 0  # on SSD; waits for a state buffer
     READING = 1
@@ -110,7 +110,7 @@ class Pipeline:
         return Lane.CPU_ADAM
 
     def _next(self) -> Task | None:
-        """See [Note: whose turn it is] in kernels/pipeline.cpp."""
+        """See [Note: whose turn it is] in kernels/pipeline.h."""
         if self._naive:
             front = self._tasks[0] if self._tasks else None
             if front is None or front.stage >= Stage.UPDATING or not front.has_events():
