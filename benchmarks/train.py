@@ -101,7 +101,7 @@ class LohanFx:
             with open(self.args.dump, "w", encoding="utf-8") as file:
                 file.write(plan.to_json())
         return {
-            "setup_s": {what: round(s, 2) for what, s in self.model._lohan.seconds.items()},
+            "setup_s": {what: round(s, 2) for what, s in self.model._lohan.phases.seconds.items()},
             "peak_gb": {t: round(stats.peak_bytes[t] / 1e9, 3) for t in ("gpu", "dram", "ssd")},
             "stall_s": {what: round(s, 3) for what, s in stats.stall_s.items()},
             "predicted": {

@@ -15,6 +15,7 @@ import torch
 
 from . import hardware as machines
 from .budget import Budget, Machine
+from .captured import Captured
 from .checkpoint.weights import weights_for
 from .compiler.capture import paused_collector
 from .errors import BudgetError, CaptureError, LohanError
@@ -24,7 +25,8 @@ from .plan import Plan
 from .planner import DEFAULT_POLICY, Capacities, Overlap, check_policy
 from .recording import recorded
 from .report import Report, Run, report_of
-from .session import Captured, PlanReady, Policy, Session, Settings
+from .session import PlanReady, Session
+from .settings import Policy, Settings
 from .step import TracedStep
 from .tracing import Trace
 from .units import format_bytes, parse_bytes
@@ -62,7 +64,7 @@ class CompiledModel(torch.nn.Module):
         session = self._lohan
         rates = session.settings.hardware.source
         return report_of(
-            self.plan, Run(session.stats(), session.last_trace, session.seconds, rates)
+            self.plan, Run(session.stats(), session.last_trace, session.phases.seconds, rates)
         )
 
     def trace(self, path: str | os.PathLike[str] | None = None) -> AbstractContextManager[Trace]:

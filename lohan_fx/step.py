@@ -80,12 +80,16 @@ class TracedStep:
             forced = forced_placements(pins, self.tensors, self.problem)
         return best_of(partial(solve, self.problem, policy), forced)
 
-    def plan(self, policy: str = DEFAULT_POLICY, pins: Pins | None = None) -> Plan:
-        """The policy's plan, without a schedule (which needs the graphs). Raises as `solve`."""
-        solution = self.solve(policy, pins)
+    def checked(self, solution: Solution) -> Solution:
+        """The solution as it is. Raises LohanError where it breaks a rule of this step's problem."""
         faults = validate(self.problem, solution)
         if faults:
             raise LohanError(f"the plan breaks its own rules: {faults[0]} ({len(faults)} in all)")
+        return solution
+
+    def plan(self, policy: str = DEFAULT_POLICY, pins: Pins | None = None) -> Plan:
+        """The policy's plan, without a schedule (which needs the graphs). Raises as `solve`."""
+        solution = self.checked(self.solve(policy, pins))
         return build_plan(
             self.problem,
             solution,

@@ -645,7 +645,7 @@ def test_loss_scaling_resumes_with_its_scale(tmp_path: Path) -> None:
     scaled(model, optimizer, scaler, BATCHES * 5)
     assert 0 < optimizer.skipped_steps < 30
     lohan_fx.save(model, optimizer, tmp_path / "ckpt", scaler=scaler)
-    scale, made = scaler.get_scale(), model._lohan.step_count
+    scale, made = scaler.get_scale(), model._lohan.state.step_count
     rest = scaled(model, optimizer, scaler, BATCHES[:3])
     model.close()
     model, optimizer, scaler = start()

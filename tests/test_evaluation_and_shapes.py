@@ -22,7 +22,6 @@ from loops import (
 from training import CASES, Batch, loss_of
 
 import lohan_fx
-from lohan_fx import session
 from lohan_fx.compiler import dynamo
 from lohan_fx.planner import Forced, Problem, Solution, solve, validate
 from lohan_fx.runtime import Runtime, RuntimeOptions
@@ -183,7 +182,7 @@ def test_staging_of_their_own_is_opened_anew_and_is_as_exact(
     placings: list[RuntimeOptions], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Where none suits both shapes: here, because none is looked for."""
-    monkeypatch.setattr(session, "in_turns", lambda steps: None)
+    monkeypatch.setattr("lohan_fx.captured.in_turns", lambda steps: None)
     in_turns(tokens(0), tokens(1, batch=1), "gpu=200kB, dram=420kB", tmp_path).close()
     assert len(placings) == 6
 

@@ -82,7 +82,7 @@ def test_values_are_placed_beside_lowering_by_a_thread_that_ends_before_the_step
 
     def wait_for_all(part: str) -> None:
         if part == "forward":
-            model._lohan._placing[0].wait()
+            model._lohan.state._placing[0].wait()
 
     in_lowering(wait_for_all)
     before = set(threading.enumerate())
@@ -92,7 +92,7 @@ def test_values_are_placed_beside_lowering_by_a_thread_that_ends_before_the_step
     assert len(placed_buckets) == len(model._lohan.buckets) > 3
     assert set(placed_buckets) == {"lohan_fx placing"}
     assert not any(t.name == "lohan_fx placing" for t in set(threading.enumerate()) - before)
-    seconds = model._lohan.seconds
+    seconds = model._lohan.phases.seconds
     assert seconds["place, beside compiling"] > 0
     assert "await placing" in seconds
     assert "place, beside compiling" in model.report()
@@ -135,7 +135,7 @@ def test_a_capture_that_ends_in_lowering_leaves_every_value_as_it_was(
         if part == "backward":
             assert first.wait(30)
             if when == "complete":
-                model._lohan._placing[0].wait()
+                model._lohan.state._placing[0].wait()
             raise error("in the middle of lowering")
 
     with monkeypatch.context() as patch:

@@ -98,7 +98,8 @@ def load(
     nbytes = sum(v.entry.spec.nbytes for v in values.values())
     nbytes += sum(2 * m.entry.spec.nbytes for _, m, _ in (moments or {}).values())
     with progress_of_bytes("Loading", nbytes) as progress:
-        session.restore(values, moments, progress)
+        session.check_open()
+        session.state.restore(values, moments, progress)
     with torch.no_grad():
         for name, buffer in names.buffers.items():
             buffer.copy_(in_memory(weights[name]))

@@ -100,7 +100,8 @@ def save(
     if session.saving is not None:
         session.saving.settle()
         session.saving = None
-    session.rest()
+    session.check_open()
+    session.state.rest()
     inventory = take_inventory(
         model, session, full=dtype == "float32", optimizer=optimizer is not None
     )
@@ -109,7 +110,7 @@ def save(
     runtime = session.runtime
     backwards = runtime is not None and not runtime.waits_for_step
     groups = by_bucket(inventory, session, backwards=backwards)
-    if asynchronous and runtime is not None and session.placed:
+    if asynchronous and runtime is not None and session.state.placed:
         snapshot = Snapshot(
             dict(groups),
             runtime.background_reader(),
@@ -123,7 +124,7 @@ def save(
         return saving
     with progress_of_bytes("Saving", inventory.nbytes) as progress:
         order = (item for items in groups.values() for item in items)
-        job.run(job.begin(), order, session.read_piece, progress)
+        job.run(job.begin(), order, session.state.read_piece, progress)
     return Saving(job)
 
 
@@ -242,10 +243,10 @@ class _State:
             random["cuda"] = torch.cuda.get_rng_state(session.device)
         encode(extra, "extra")
         names = inventory.names
-        steps = {names.of(pid): session.steps(pid) for pid in sorted(session.trainable)}
+        steps = {names.of(pid): session.state.steps(pid) for pid in sorted(session.trainable)}
         return cls(
             model_name=type(model).__name__.removeprefix("Lohan"),
-            step=session.step_count,
+            step=session.state.step_count,
             steps={} if optimizer is None else steps,
             param_groups=None if optimizer is None else _groups(session, optimizer),
             optimizer_class=None if optimizer is None else type(optimizer).__name__,

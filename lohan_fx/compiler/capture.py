@@ -76,14 +76,15 @@ class Traced:
 
 
 class Host(Protocol):
-    """Who owns the parameters and decides; see api.Session."""
+    """Who owns the parameters and decides; see session.Session."""
 
     device: torch.device
     lowering: str
-    trainable: frozenset[int]
 
     @property
     def names(self) -> Sequence[str]: ...
+    @property
+    def trainable(self) -> frozenset[int]: ...
     def owns(self, param: torch.Tensor) -> int | None: ...
     def decide(self, traced: Traced) -> Decision: ...
     def accept(self, woven: Woven) -> None: ...
