@@ -41,8 +41,11 @@ from lohan_fx.planner.lots import SORTS, Lot, Stock, stock
 from lohan_fx.planner.problem import PAGE, BucketPlace, Overlap, Place, Problem
 from lohan_fx.planner.solution import Forced
 from lohan_fx.planner.traffic import (
+    BACKWARD,
+    FORWARD,
     LANES,
     NUM_PHASES,
+    SPILLING_LANES,
     Floats,
     Ints,
     lane_seconds,
@@ -328,15 +331,19 @@ class _Program:
         # A link slower than one way at a time would be a concave limit; one way at a time bounds it.
         shared = min(1.0, 1.0 / lanes.duplex_factor - 1.0)
         still = self.room is Room.NONE
+        spills = problem.overlap is Overlap.SPECULATIVE and not still
+        for lane in SPILLING_LANES if spills else ():
+            both = [*self._lane_terms(FORWARD, lane), *self._lane_terms(BACKWARD, lane)]
+            self._phases_at_least((FORWARD, BACKWARD), 0.0, both)
         for phase in range(NUM_PHASES):
             alone = [self._lane_terms(phase, lane) for lane in range(len(LANES))]
             gpu = self._compute[phase][_GPU]
             limits = [
                 [*alone[_H2D], *((v, shared * s) for v, s in alone[_D2H])],
                 [*alone[_D2H], *((v, shared * s) for v, s in alone[_H2D])],
-                alone[_ADAM],
-                alone[_DRAM],
             ]
+            if not (spills and phase == BACKWARD):
+                limits += [alone[lane] for lane in SPILLING_LANES]
             if lanes.ssd_simplex:
                 limits.append([*alone[_READ], *alone[_WRITE]])
             else:
@@ -351,11 +358,18 @@ class _Program:
                     self._phase_at_least(phase, 0.0, terms)
 
     def _phase_at_least(self, phase: int, constant_s: float, terms: Terms) -> None:
+        self._phases_at_least((phase,), constant_s, terms)
+
+    def _phases_at_least(self, phases: Sequence[int], constant_s: float, terms: Terms) -> None:
+        """A row: these phases together take `constant_s` and the terms, in seconds."""
         shares = [(v, s / self._scale_s) for v, s in terms]
         least = _NEGLIGIBLE if self.room is None else 0.0  # of equal plans they tell which is best
         self._at_most(
             -constant_s / self._scale_s,
-            [*((v, n) for v, n in shares if n > least), (self._seconds[phase], -1.0)],
+            [
+                *((v, n) for v, n in shares if n > least),
+                *((self._seconds[phase], -1.0) for phase in phases),
+            ],
         )
 
     def _lane_terms(self, phase: int, lane: int) -> Terms:

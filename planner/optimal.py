@@ -23,7 +23,7 @@ from lohan_fx.planner.least import check_forced, is_redone_in_place
 from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.lots import Lot
 from lohan_fx.planner.moves import AnyPlace, Search, group_items
-from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
+from lohan_fx.planner.problem import BucketPlace, NothingFits, Overlap, Place, Problem
 from lohan_fx.planner.simulate import predict
 from lohan_fx.planner.solution import Forced, Optimality, Solution
 from lohan_fx.planner.words import with_reasons
@@ -46,7 +46,8 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
     best = all_on_gpu(problem, forced)
     failure: NothingFits | None = None
     if best is None:
-        best = _best_replayed(problem, placements(problem, forced))
+        found = [_best_replayed(problem, placements(asked, forced)) for asked in _readings(problem)]
+        best = min((solution for solution in found if solution), key=rank, default=None)
         for solver in (greedy, *rivals.values()):
             try:
                 rival = solver(problem, forced, best.predicted.step_s if best else math.inf)
@@ -67,6 +68,19 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
     best = dataclasses.replace(best, policy="optimal", optimality=None)
     proof = _proof(problem, forced, best)
     return with_reasons(problem, dataclasses.replace(best, optimality=proof), forced)
+
+
+def _readings(problem: Problem) -> list[Problem]:
+    """What the program is asked: the problem, and with speculation the same without an SSD.
+
+    A bucket on SSD has no second copy, so the closed form, in which reads ahead of a forward are free,
+    would use the SSD wherever DRAM is short. In the replay that is seldom worth it.
+    """
+    have = problem.capacities
+    if problem.overlap is not Overlap.SPECULATIVE or not have.ssd_bytes:
+        return [problem]
+    without = dataclasses.replace(have, ssd_bytes=0)
+    return [problem, dataclasses.replace(problem, capacities=without)]
 
 
 def _best_replayed(problem: Problem, estimated: Iterable[Solution]) -> Solution | None:

@@ -26,6 +26,9 @@ LANES = ("gpu", "h2d", "d2h", "ssd_read", "ssd_write", "cpu_adam", "dram")
 _GPU, _H2D, _D2H, _READ, _WRITE, _ADAM, _DRAM = range(len(LANES))
 FORWARD, BACKWARD, UPDATE = range(3)
 NUM_PHASES = 3
+# What an update that speculates is busy with. It begins under the backward, and what is left over runs
+# under the next forward: these lanes limit the two phases together.
+SPILLING_LANES = (_ADAM, _DRAM)
 
 # A traffic vector: amounts per phase and lane, then the optimizer's share of SSD reads, SSD writes
 # and Adam for buckets whose state is on SSD. GPU amounts are seconds, Adam amounts parameters, all
@@ -225,9 +228,18 @@ def phase_seconds(problem: Problem, windows: Windows, ahead: bool, traffic: Floa
 
     Where nothing moves ahead of its use (`ahead` False), movement is added to compute instead.
     """
-    limit = lane_limits(problem, windows, traffic, lane_seconds(problem.lanes, traffic))
+    busy = lane_seconds(problem.lanes, traffic)
+    limit = lane_limits(problem, windows, traffic, busy)
     if ahead:
+        spills = problem.overlap is Overlap.SPECULATIVE
+        if spills:
+            limit[:, BACKWARD, SPILLING_LANES] = 0.0
         longest: Floats = limit.max(axis=2)
+        if spills:
+            together = busy[:, FORWARD] + busy[:, BACKWARD]
+            left = together[:, SPILLING_LANES].max(axis=1) - longest[:, :UPDATE].sum(axis=1)
+            with np.errstate(invalid="ignore"):  # of a lane that is not there
+                longest[:, FORWARD] += np.fmax(left, 0.0)
         return longest
     exposed: Floats = limit[:, :, _GPU] + limit[:, :, _GPU + 1 :].max(axis=2)
     return exposed
