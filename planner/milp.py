@@ -6,6 +6,7 @@ phase, at least what every lane needs. The inequalities, one method each:
   one place each  over places p: sum of count[g, p] = size of group g
   levels          a buffer is as large as the largest item that passes through it
   phases          seconds[phase] >= every lane's limit, with its rivals (see cost._limits)
+  spilling        with speculation, forward and backward together >= Adam and DRAM
   SSD             bytes of all sections <= capacity
   DRAM            bytes of items, gradients and buffers <= capacity
   GPU             at a position: what is used, residents and windows <= capacity

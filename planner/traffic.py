@@ -226,6 +226,7 @@ def lane_limits(problem: Problem, windows: Windows, traffic: Floats, busy: Float
 def phase_seconds(problem: Problem, windows: Windows, ahead: bool, traffic: Floats) -> Floats:
     """Seconds [N, phases] of N traffic vectors: the slowest lane of each phase.
 
+    With speculation the lanes of SPILLING_LANES limit backward and forward together instead.
     Where nothing moves ahead of its use (`ahead` False), movement is added to compute instead.
     """
     busy = lane_seconds(problem.lanes, traffic)
