@@ -104,6 +104,9 @@ class LohanFx:
             "setup_s": {what: round(s, 2) for what, s in self.model._lohan.phases.seconds.items()},
             "peak_gb": {t: round(stats.peak_bytes[t] / 1e9, 3) for t in ("gpu", "dram", "ssd")},
             "stall_s": {what: round(s, 3) for what, s in stats.stall_s.items()},
+            "overlap": plan.overlap,
+            "grad_norm": self.optimizer.last_grad_norm,
+            "updates": {what: int(stats.updates[what]) for what in ("made_ahead", "made_in_vain")},
             "predicted": {
                 "step_s": round(predicted.step_s, 4),
                 "bound_s": round(predicted.bound_s, 4),

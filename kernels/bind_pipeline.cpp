@@ -182,7 +182,7 @@ bytes), 4096-byte aligned, owned by the caller and alive as long as the pipeline
       .def("submit", &AdamPipeline::submit, py::arg("job"), Release(),
            "Queues a job and returns its ticket. ValueError for a job that makes no sense.")
       .def("cancel", &AdamPipeline::cancel, py::arg("ticket"), Release(),
-           "Drops a job whose update has not begun and that takes no state buffer; it is done soon.")
+           "Drops a job whose update has not begun and that takes no state buffer; it is done soon. True if so.")
       .def("done", &AdamPipeline::done, py::arg("ticket"), Release(),
            "True when the new weights are in memory and everything on SSD is written, or it failed.")
       .def("weights_ready", &AdamPipeline::weights_ready, py::arg("ticket"), Release(),

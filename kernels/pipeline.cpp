@@ -102,16 +102,17 @@ Ticket AdamPipeline::submit(AdamJob job) {
   return task->ticket;
 }
 
-void AdamPipeline::cancel(Ticket ticket) {
+bool AdamPipeline::cancel(Ticket ticket) {
   const std::lock_guard lock(mutex_);
   find(ticket);  // throws for an unknown one
   const auto at = std::find_if(tasks_.begin(), tasks_.end(),
                                [&](const TaskPtr& task) { return task->ticket == ticket; });
-  if (at == tasks_.end() || (*at)->needs_buffer || (*at)->stage != Stage::ready) return;
+  if (at == tasks_.end() || (*at)->needs_buffer || (*at)->stage != Stage::ready) return false;
   const TaskPtr task = *at;
   task->cancelled = true;
   // Once a job is done, its events may be destroyed: while they are looked at, the Adam thread finishes it.
   if (task.get() != polled_) finish(task);
+  return true;
 }
 
 // ---- with mutex_ held ----

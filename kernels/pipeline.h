@@ -87,7 +87,7 @@ class AdamPipeline {
 
   // Drops a job whose update has not begun and that takes no state buffer: it is done soon, without
   // failure, its arrays untouched, and counts nowhere. Leaves any other job alone. Never waits for an update.
-  void cancel(Ticket ticket);
+  bool cancel(Ticket ticket);
 
   // Done: the new weights are in host memory (if they have a place there) and everything on SSD is
   // written. A failed job is done; wait() then throws what went wrong, as often as it is called.

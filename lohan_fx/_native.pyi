@@ -321,7 +321,7 @@ class AdamPipeline:
     def submit(self, job: AdamJob) -> int:
         """Queues the job and returns its ticket; tickets grow by one."""
 
-    def cancel(self, ticket: int) -> None:
+    def cancel(self, ticket: int) -> bool:
         """Drops the job if its update has not begun and it takes no state buffer; else does nothing.
 
         A dropped job is done soon: its arrays stay as they are, wait() returns without error, stats and

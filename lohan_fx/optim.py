@@ -40,8 +40,9 @@ class Adam(torch.optim.Optimizer):
         skip_nonfinite: a step with a NaN or Inf gradient changes nothing: no weight, no moment, no
             step count. `skipped_steps` counts them.
 
-    Clipping, `skip_nonfinite` and loss scaling need every gradient before the first update, so they go
-    with `overlap="next-forward"`, which "auto" picks then.
+    Clipping, `skip_nonfinite` and loss scaling need every gradient before an update counts, so they go
+    with `overlap="speculative"` or `"next-forward"`, of which "auto" picks the faster then. Both give
+    the same bits.
 
     A parameter without a gradient in some step (unused in that forward) is left out of it, as in
     torch.optim: its moments, its weight and its own step count stay.

@@ -8,10 +8,15 @@ from .planner import Overlap, default_overlap
 from .settings import Settings
 
 
-def overlap_for(settings: Settings, optimizer: Adam | None, *, waited: bool) -> Overlap:
+def overlap_for(
+    settings: Settings, optimizer: Adam | None, *, before: Overlap | None, accumulates: bool
+) -> Overlap:
     """The mode that was chosen; for "auto" the one that the optimizer, loss scaling and the policy need.
 
-    `waited`: training steps have been planned to wait for step() before.
+    Args:
+        before: what training steps have been planned for already.
+        accumulates: whether gradients of several backwards are summed, which leaves nothing to be
+            updated before step().
 
     Raises:
         LohanError: the optimizer cannot be used in the mode that was chosen.
@@ -19,13 +24,35 @@ def overlap_for(settings: Settings, optimizer: Adam | None, *, waited: bool) -> 
     chosen, policy = settings.overlap, settings.policy
     if chosen != "auto":
         check_overlap(chosen, optimizer)
-        return Overlap(chosen)
+        return _summing(Overlap(chosen), accumulates)
     waits = optimizer is not None and (optimizer.waits is not None or bool(loss_scalers))
+    waited = before is not None and before.waits_for_step
     own = default_overlap(policy) if isinstance(policy, str) else None
     # Once it waits it goes on so: changing back and forth would compile every time.
     if own is not None and (own.waits_for_step or not (waits or waited)):
         return own
-    return Overlap.NEXT_FORWARD if waits or waited else Overlap.BACKWARD
+    if not (waits or waited):
+        return Overlap.BACKWARD
+    for known in (before, None if settings.plan is None else Overlap(settings.plan.overlap)):
+        if known is not None and known.waits_for_step:
+            return _summing(known, accumulates)
+    return Overlap.NEXT_FORWARD
+
+
+def _summing(mode: Overlap, accumulates: bool) -> Overlap:
+    return Overlap.NEXT_FORWARD if accumulates and mode is Overlap.SPECULATIVE else mode
+
+
+def may_speculate(settings: Settings, before: Overlap | None) -> bool:
+    """Is a step that waits for step() to be planned with speculation too, to see which is faster?"""
+    policy, waited = settings.policy, before is not None and before.waits_for_step
+    return (
+        settings.overlap == "auto"
+        and settings.plan is None
+        and isinstance(policy, str)
+        and default_overlap(policy) is None
+        and not waited
+    )
 
 
 def check_overlap(chosen: str, optimizer: Adam | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 from torch import fx
@@ -33,6 +34,7 @@ from .planner import (
     Solution,
     accumulator_bytes,
     validate,
+    with_speculation,
 )
 from .program import Bucket
 from .runtime.adam_gpu import workspace_bytes
@@ -148,18 +150,38 @@ def solution_of(
     *,
     training: bool,
     stay: Mapping[int, BucketPlace] | None,
-) -> Solution:
-    """What the policy decides, with the caller's pins.
+    may_speculate: bool = False,
+) -> tuple[TracedStep, Solution]:
+    """What the policy decides, with the caller's pins, and the step that it decided for: where it
+    speculates, that is another overlap mode.
 
     Args:
         training: False for a forward alone.
         stay: places of buckets that are kept if they can work; None where nothing is to stay.
+        may_speculate: a step that waits for step() may speculate, if that is faster. One that does is
+            planned without where it would not fit.
 
     Raises:
         InfeasiblePlan: nothing fits.
         LohanError: pins cannot be honoured, or a policy of the caller's own breaks a rule.
     """
-    return step.checked(_decided(step, settings, training, stay))
+
+    def solve(problem: Problem) -> Solution:
+        return _decided(step.of(problem), settings, training, stay)
+
+    problem = step.problem
+    if may_speculate:
+        problem, solution = with_speculation(problem, solve)
+    else:
+        try:
+            solution = solve(problem)
+        except InfeasiblePlan:
+            if problem.overlap is not Overlap.SPECULATIVE or settings.overlap != "auto":
+                raise
+            problem = replace(problem, overlap=Overlap.NEXT_FORWARD)
+            solution = solve(problem)
+    step = step.of(problem)
+    return step, step.checked(solution)
 
 
 def _decided(

@@ -39,7 +39,7 @@ from .compiler.skeleton import Skeleton
 from .compiler.weave import Woven
 from .errors import LohanError, TrainingLoopError
 from .optim import Adam
-from .overlap import check_overlap, overlap_for
+from .overlap import check_overlap, may_speculate, overlap_for
 from .params import ManagedParams
 from .phases import Phases
 from .planner import Overlap
@@ -230,14 +230,16 @@ class Session:
         if settings.trace_only:
             self.traced = step
             raise PlanReady("traced")
-        if traced.training:
-            self._trained_by = overlap, self._accumulates
         if settings.plan is not None and not state.placed:
             solution = replayed(step, settings.plan, settings)
         else:
             stay = self.programs.places_to_keep(training=traced.training)
-            solution = solution_of(step, settings, training=traced.training, stay=stay)
+            ahead = traced.training and may_speculate(settings, self._planned_for)
+            step, solution = solution_of(
+                step, settings, training=traced.training, stay=stay, may_speculate=ahead
+            )
         if traced.training:
+            self._trained_by = step.problem.overlap, self._accumulates
             solution = self.programs.share_staging(step.problem, solution)
         plan = plan_of(step, solution, settings, seconds.source)
         captured = Captured.of(traced, step.problem, solution, plan, poison=settings.poison)
@@ -348,8 +350,16 @@ class Session:
 
     def _overlap(self) -> Overlap:
         """What the next training step would be planned for."""
-        waited = self._trained_by is not None and self._trained_by[0].waits_for_step
-        return overlap_for(self.settings, self.optimizer, waited=waited)
+        return overlap_for(
+            self.settings,
+            self.optimizer,
+            before=self._planned_for,
+            accumulates=self._accumulates,
+        )
+
+    @property
+    def _planned_for(self) -> Overlap | None:
+        return None if self._trained_by is None else self._trained_by[0]
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

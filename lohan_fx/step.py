@@ -66,7 +66,11 @@ class TracedStep:
         return self._with(overlap=overlap)
 
     def _with(self, **fields: Any) -> TracedStep:
-        return dataclasses.replace(self, problem=dataclasses.replace(self.problem, **fields))
+        return self.of(dataclasses.replace(self.problem, **fields))
+
+    def of(self, problem: Problem) -> TracedStep:
+        """The same step as another problem."""
+        return dataclasses.replace(self, problem=problem)
 
     def solve(self, policy: str = DEFAULT_POLICY, pins: Pins | None = None) -> Solution:
         """The policy's solution.

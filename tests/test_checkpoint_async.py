@@ -63,8 +63,13 @@ def without_masters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("overlap", "budget"),
-    [("backward", TIGHT), ("next-forward", TIGHT), ("next-forward", ROOMY)],
-    ids=["backward", "next-forward", "all on the gpu"],
+    [
+        ("backward", TIGHT),
+        ("next-forward", TIGHT),
+        ("speculative", TIGHT),
+        ("next-forward", ROOMY),
+    ],
+    ids=["backward", "next-forward", "speculative", "all on the gpu"],
 )
 def test_the_state_of_the_call_is_saved_while_steps_go_on(
     overlap: str, budget: str, brake: Brake, tmp_path: Path

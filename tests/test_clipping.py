@@ -40,7 +40,7 @@ def test_clipping_agrees_with_clip_grad_norm_in_every_tier(
         assert (found["dram"].run.norms[0] or 0.0) > 0.05
 
 
-@pytest.mark.parametrize("overlap", ["next-forward", "serial"])
+@pytest.mark.parametrize("overlap", ["next-forward", "speculative", "serial"])
 def test_the_modes_that_wait_for_step_clip_alike(overlap: str, tmp_path: Path) -> None:
     recipe = Recipe(TINY, torch.bfloat16, STEPS[:3], max_grad_norm=0.3)
     auto = through_lohan(recipe, tmp_path, "dram")

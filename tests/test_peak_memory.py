@@ -52,7 +52,7 @@ def test_a_step_stays_below_its_planned_peaks(
     model.close()
 
 
-@pytest.mark.parametrize("overlap", ["backward", "next-forward", "serial", "naive"])
+@pytest.mark.parametrize("overlap", ["backward", "next-forward", "speculative", "serial", "naive"])
 def test_the_peaks_hold_in_every_overlap_mode(overlap: str, tmp_path: Path) -> None:
     gpu, dram = "170kB", "420kB"
     budget = f"gpu={gpu}, dram={dram}"

@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-MODES = ["backward", "next-forward", "serial", "naive"]
+MODES = ["backward", "next-forward", "speculative", "serial", "naive"]
 
 
 @pytest.mark.parametrize("linger", [0, 300_000])

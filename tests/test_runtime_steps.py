@@ -26,7 +26,7 @@ from toy import (
 
 from lohan_fx.runtime import AdamGroup
 
-MODES = ["backward", "next-forward", "serial", "naive"]
+MODES = ["backward", "next-forward", "speculative", "serial", "naive"]
 
 
 @pytest.fixture(params=["at once", "late"])
@@ -61,7 +61,7 @@ def test_steps_over_all_tiers_have_the_bits_of_plain_adam(
 
 @pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("dtype", PLACES)
-@pytest.mark.parametrize("mode", ["backward", "next-forward"])
+@pytest.mark.parametrize("mode", ["backward", "next-forward", "speculative"])
 def test_parameters_without_a_gradient_or_a_group_keep_their_values(
     tmp_path: Path, dtype: str, mode: str
 ) -> None:
@@ -154,7 +154,7 @@ def test_programs_of_other_shapes_take_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("copies")
-@pytest.mark.parametrize("mode", ["backward", "next-forward"])
+@pytest.mark.parametrize("mode", ["backward", "next-forward", "speculative"])
 def test_buckets_may_migrate_between_steps(tmp_path: Path, mode: str) -> None:
     tiers = PLACES["bfloat16"]
     buckets = make_buckets(len(tiers), "bfloat16")

@@ -21,7 +21,7 @@ def soak() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("overlap", ["backward", "next-forward"])
+@pytest.mark.parametrize("overlap", ["backward", "speculative"])
 def test_nothing_grows_over_two_hundred_steps(
     overlap: str, soak: ModuleType, tmp_path: Path
 ) -> None:

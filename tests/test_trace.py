@@ -64,7 +64,7 @@ def untraced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, li
 
 @pytest.fixture(
     scope="module",
-    params=[(tier, overlap) for tier in BUDGETS for overlap in ("backward", "next-forward")],
+    params=[(tier, overlap) for tier in BUDGETS for overlap in ("backward", "speculative")],
     ids=lambda param: "-".join(param),
 )
 def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Traced:

@@ -215,7 +215,7 @@ def test_a_learning_rate_set_between_steps_counts_from_the_next_step(tmp_path: P
     ours.close()
 
 
-@pytest.mark.parametrize("overlap", ["backward", "next-forward"])
+@pytest.mark.parametrize("overlap", ["backward", "next-forward", "speculative"])
 def test_a_learning_rate_set_between_backward_and_step_counts_or_is_refused(
     overlap: str, tmp_path: Path
 ) -> None:
@@ -291,7 +291,7 @@ def test_every_overlap_mode_gives_the_same_bits(tmp_path: Path) -> None:
             overlap=overlap,
             device=CPU,
         )
-        for overlap in ("backward", "next-forward", "serial", "naive")
+        for overlap in ("backward", "next-forward", "speculative", "serial", "naive")
     ]
     for run in runs[1:]:
         run.assert_equal(runs[0])

@@ -9,6 +9,11 @@ Shapes: P = elements of one bucket, padding included; N = elements of one parame
 Where gradients are accumulated, every trainable bucket has an fp32 sum of P elements: on the GPU if its
 state is there, else in DRAM. `accumulated` holds the parameters whose part of it counts, with the sum's
 L2 norm and largest magnitude where they have been measured. Both go along when the bucket moves.
+
+[Note: second copies]
+Where updates are made before step() has decided (speculation.py), they go into a second copy of weights
+and state, and swap() makes that the bucket's values. The old values then are the second copy. An update
+writes every element but padding, which is zero in both.
 """
 
 from __future__ import annotations
@@ -238,6 +243,18 @@ class Place:
     offset: int
 
 
+@dataclass(slots=True)
+class Spare:
+    """A second copy of a bucket's weights and state in DRAM; see [Note: second copies]."""
+
+    weight: InDram
+    state: InDram
+
+    def free(self) -> None:
+        self.weight.free()
+        self.state.free()
+
+
 class BucketHome:
     """One bucket at rest: its weights in one tier, its state in another."""
 
@@ -254,6 +271,7 @@ class BucketHome:
         except BaseException:
             self.weight.free()
             raise
+        self.spare: Spare | None = None
         # Sums of gradients over several backwards, fp32, next to the state: see [Note: accumulation].
         self.accum: Resting | None = None
         self.accumulated: dict[int, tuple[float, float] | None] = {}
@@ -297,6 +315,40 @@ class BucketHome:
             self.accum.free()
             self.accumulated.clear()
         self.accum = self._allocate_accum(self.state.tier) if on else None
+
+    @property
+    def may_speculate(self) -> bool:
+        """True where the CPU updates from and to memory alone."""
+        return self.state_tier is Tier.DRAM and self.weight_tier is not Tier.SSD
+
+    def keep_spare(self, on: bool) -> None:
+        """Have a second copy, or not; its values mean nothing."""
+        if self.spare is not None and not on:
+            self.spare.free()
+            self.spare = None
+        elif self.spare is None and on and self.may_speculate:
+            weight = self._allocate_weight(Tier.DRAM)
+            try:
+                state = self._allocate_state(Tier.DRAM)
+            except BaseException:
+                weight.free()
+                raise
+            assert isinstance(weight, InDram) and isinstance(state, InDram)
+            self.spare = Spare(weight, state)
+
+    def swap(self) -> None:
+        """Let the second copy be the bucket's values; weights on the GPU are to be uploaded from it."""
+        spare = self.spare
+        assert spare is not None and isinstance(self.state, InDram)
+        self.state, spare.state = spare.state, self.state
+        if isinstance(self.weight, InDram):
+            self.weight, spare.weight = spare.weight, self.weight
+
+    def addresses_in(self, spare: Spare) -> dict[str, int]:
+        """Where a second copy has master and moments."""
+        size, base = state_section_bytes(self.bucket), spare.state.memory.address
+        found = {name: base + size * number for number, name in enumerate(self._state_sections)}
+        return {"master": spare.weight.memory.address, **found}
 
     def sums(self) -> torch.Tensor:
         """The accumulator, of shape (P,), in device or host memory."""
@@ -455,7 +507,7 @@ class BucketHome:
 
     def free(self) -> None:
         self.weight.free()
-        for part in (self.state, self.accum):
+        for part in (self.state, self.accum, self.spare):
             if part is not None:
                 part.free()
 
@@ -466,6 +518,7 @@ class BucketHome:
             LohanError: no room; nothing was moved, or the weights only.
         """
         check_placement(self.bucket, placement)
+        self.keep_spare(False)
         if placement.weight is not self.weight.tier:
             moved = self._allocate_weight(placement.weight)
             self._copy(self.weight, moved, self.bucket.weight_bytes)
@@ -579,6 +632,8 @@ class BucketStore:
             for index, placement in placements.items()
             if self._tiers(index) != (placement.weight, placement.state)
         ]
+        for index in left:
+            self.homes[index].keep_spare(False)
         depth = {Tier.SSD: 0, Tier.DRAM: 1, Tier.GPU: 2}
         left.sort(key=lambda i: depth[placements[i].weight] + depth[placements[i].state])
         while left:
@@ -602,6 +657,15 @@ class BucketStore:
         """
         for home in self.homes.values():
             home.accumulate(on)
+
+    def keep_spares(self, on: bool) -> None:
+        """Give every bucket that may speculate a second copy, or none to any.
+
+        Raises:
+            LohanError: a budget is exceeded; says by which bucket's.
+        """
+        for home in self.homes.values():
+            home.keep_spare(on)
 
     def _tiers(self, index: int) -> tuple[Tier, Tier | None]:
         home = self.homes[index]

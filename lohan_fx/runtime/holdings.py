@@ -70,6 +70,8 @@ def _at_rest(store: BucketStore, tier: Tier) -> dict[str, int]:
         if home.state_tier is tier:
             sections = 3 if bucket.has_master else 2
             held["optimizer"] += size(state_section_bytes(bucket) * sections)
+        if home.spare is not None and tier is Tier.DRAM:
+            held["optimizer"] += home.spare.weight.memory.nbytes + home.spare.state.memory.nbytes
         if home.accum is not None and home.accum.tier is tier:
             held["gradients"] += size(4 * bucket.numel)
     # On the GPU the sums are part of what is left over once the rest is counted.

@@ -17,7 +17,7 @@ from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, ParamSpec, Tier
 
 from .adam_gpu import Scale, adam_step
-from .buckets import BucketHome, InDram, OnSsd, Place
+from .buckets import BucketHome, InDram, OnSsd, Place, Spare
 from .device import Arrival
 from .gradients import GradBuffer
 from .memory import HostBytes, Pools, pages
@@ -36,6 +36,7 @@ class Job:
     events: tuple[Arrival, ...]
     mark: Arrival  # the upload of new weights follows it
     buffer: GradBuffer | None
+    weights: HostBytes | None = None  # where it puts new weights that are to be uploaded
     measured: tuple[ParamSpec, ...] = ()
     magnitudes: torch.Tensor | None = None  # [measured, 2] double: sum of squares, largest
 
@@ -66,21 +67,27 @@ def update_job(
     buffer: GradBuffer,
     scale: Scale,
     events: Sequence[Arrival],
-    adds: Sequence[str] | None,
+    adds: Sequence[str] | None = None,
+    *,
+    into: Spare | None = None,
 ) -> native.AdamJob:
     """Adam over `updated`, from the gradients in `buffer`; new 16-bit weights go to their place in
     DRAM or on SSD, else to the buffer.
 
     Args:
+        into: all new values go there, and what there is stays.
         adds: the update is made from the bucket's sums, after each gradient has gone into them so;
             None: it is made from the gradients.
     """
     steps = list(dict.fromkeys((each.group, each.step) for each in updated))
     number = {key: index for index, key in enumerate(steps)}
     out, out_extent = 0, None
+    new = {} if into is None else home.addresses_in(into)
     if home.bucket.has_master:
         out = buffer.memory.address
-        if isinstance(home.weight, InDram):
+        if into is not None:
+            out = into.weight.memory.address
+        elif isinstance(home.weight, InDram):
             out = home.weight.memory.address
         elif isinstance(home.weight, OnSsd):
             out_extent = (home.weight.extent, 0)
@@ -101,6 +108,9 @@ def update_job(
         accum=0 if adds is None else home.sums().data_ptr(),
         adds=adds or (),
         rank=home.bucket.index,
+        new_master=new.get("master", 0),
+        new_exp_avg=new.get("exp_avg", 0),
+        new_exp_avg_sq=new.get("exp_avg_sq", 0),
     )
 
 
@@ -181,6 +191,7 @@ class JobQueue:
         mark: Arrival,
         buffer: GradBuffer | None,
         updated: tuple[ParamSpec, ...] = (),
+        weights: HostBytes | None = None,
         measured: tuple[ParamSpec, ...] = (),
         magnitudes: torch.Tensor | None = None,
     ) -> Job:
@@ -190,7 +201,16 @@ class JobQueue:
             recorder.submitted(home.bucket.name, "adam" if updated else "sum")
         on_ssd = home.weight_tier is Tier.SSD
         job = Job(
-            home.bucket.index, ticket, on_ssd, updated, events, mark, buffer, measured, magnitudes
+            home.bucket.index,
+            ticket,
+            on_ssd,
+            updated,
+            events,
+            mark,
+            buffer,
+            weights,
+            measured,
+            magnitudes,
         )
         self._jobs.append(job)
         return job
@@ -220,6 +240,12 @@ class JobQueue:
     def wait(self, job: Job) -> None:
         """Raises TransferError: the job failed or took too long; names it."""
         self._pipeline.wait(job.ticket, self._deadline_s)
+
+    def cancel(self, home: BucketHome, job: Job) -> None:
+        """Have it done soon: its update is not made, unless that has begun."""
+        recorder = self._pools.device.recorder
+        if self._pipeline.cancel(job.ticket) and recorder is not None:
+            recorder.withdrawn(home.bucket.name)
 
     def forget(self, job: Job) -> None:
         self._jobs.remove(job)

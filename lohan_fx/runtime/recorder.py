@@ -217,3 +217,8 @@ class Recorder:
     def submitted(self, bucket: str, what: str) -> None:
         """The CPU was given work on a bucket; its works on one bucket are done in this order."""
         self.jobs[bucket].append(what)
+
+    def withdrawn(self, bucket: str) -> None:
+        """The work given last on a bucket will not be done."""
+        if self.jobs[bucket]:  # else it was given before recording began
+            self.jobs[bucket].pop()

@@ -300,6 +300,7 @@ class Runtime:
             self._parts.store.adopt(buckets, values, placements, moments or {}, progress)
             try:
                 self._parts.store.accumulate(self._options.accumulates)
+                self._parts.store.keep_spares(self._overlap is Overlap.SPECULATIVE)
                 self._open_windows()
             except BaseException:
                 self._parts.store.give_back(values)
@@ -342,8 +343,12 @@ class Runtime:
                 store = self._parts.store
                 if not options.accumulates:
                     store.accumulate(False)
+                speculates = self._overlap is Overlap.SPECULATIVE
+                if not speculates:
+                    store.keep_spares(False)
                 store.migrate(dict(zip(store.homes, placements, strict=True)))
                 store.accumulate(options.accumulates)
+                store.keep_spares(speculates)
             finally:
                 self._open_windows()
 

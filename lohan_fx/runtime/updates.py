@@ -39,6 +39,7 @@ from .memory import Pools
 from .norms import GradNorms, StepNorms, Wanted
 from .options import AdamGroup, HyperSource, Progress, RuntimeOptions
 from .records import Record, UpdateState
+from .speculation import Speculation
 from .sums import add_on_device, adds_of, sum_of
 from .waits import Waits
 
@@ -90,6 +91,7 @@ class Updates:
         self._buffers = GradBuffers(
             pools, by_cpu, None if self._overlap.waits_for_step else options.grad_buffers
         )
+        self._speculation = Speculation(self._jobs, device, waits)
         self._norms: GradNorms | None = None
         if self._overlap.waits_for_step:
             pids = [spec.pid for r in self._records.values() for spec in r.bucket.params]
@@ -190,8 +192,8 @@ class Updates:
         self._measured.clear()
         if self._norms is not None:
             self._norms.clear()
-        if not self._overlap.waits_for_step:
-            self._groups = hyper.groups()
+        self._groups = hyper.groups()
+        self._speculation.begin(self._groups)
         for index, pids in plan.pids.items():
             record = self._records[index]
             record.left = set(pids)
@@ -271,6 +273,7 @@ class Updates:
         Sets `torn` where some of its updates had been made already, `lost` where it had added to sums.
         """
         self._window.clear()
+        self._speculation.drop()
         for record in self._records.values():
             record.left = set()
             record.unreleased = False
@@ -297,6 +300,7 @@ class Updates:
         self._scale = Scale()
         self._forget_sums()
         if self.pending and self._overlap.waits_for_step:
+            self._speculation.drop()
             for record in self._records.values():
                 self._forget_gradients(record)
             self.pending = False
@@ -381,8 +385,10 @@ class Updates:
                 )
             self.skip()
             return
+        groups = hyper.groups()
+        self._speculation.decide(scale, groups)
         self.pending = False
-        self._groups = hyper.groups()
+        self._groups = groups
         self._progress.step_count += 1
         self._scale = scale
         order = self._plan.order if self._plan is not None else ()
@@ -421,7 +427,9 @@ class Updates:
             self._norms = None
 
     def stats(self) -> dict[str, float]:
-        return self._jobs.stats()
+        ahead = self._speculation
+        counts = {"made_ahead": ahead.made_ahead, "made_in_vain": ahead.made_in_vain}
+        return self._jobs.stats() | counts
 
     @property
     def buffer_bytes(self) -> int:
@@ -572,23 +580,43 @@ class Updates:
             if record.into_sums and record.home.updated_by_cpu:
                 self._submit_sums(record, record.arrived)
             record.advance(UpdateState.WAITING)
+            self._update_ahead(record)
         elif not record.unreleased:
             self._changed += 1
             self._start(record)
 
-    def _start(self, record: Record) -> None:
-        """Update a bucket; parameters that no group holds keep their values."""
-        if self.before_update is not None:
-            self.before_update(record.bucket.index)
-        home = record.home
-        pids = {*record.arrived, *(home.accumulated if record.into_sums else ())}
-        updated = []
+    def _update_ahead(self, record: Record) -> None:
+        """See [Note: speculation]; a bucket of which some parameters keep their values waits."""
+        if self._speculation.expects(record):
+            updated = self._updated(record)
+            if len(updated) == len(record.bucket.params):
+                self._speculation.submit(record, updated)
+
+    def _updated(self, record: Record) -> list[Updated]:
+        """What the bucket's next update changes; parameters that no group holds keep their values."""
+        pids = {*record.arrived, *(record.home.accumulated if record.into_sums else ())}
+        found = []
         for spec in record.bucket.params:
             group = self._hyper.group_of(spec.pid) if spec.pid in pids else None
             if group is not None:
-                self._progress.steps[spec.pid] += 1
-                step = self._progress.steps[spec.pid]
-                updated.append(Updated(spec, self._groups[group], step))
+                step = self._progress.steps[spec.pid] + 1
+                found.append(Updated(spec, self._groups[group], step))
+        return found
+
+    def _start(self, record: Record) -> None:
+        """Update a bucket."""
+        if self.before_update is not None:
+            self.before_update(record.bucket.index)
+        home = record.home
+        updated = self._updated(record)
+        for each in updated:
+            self._progress.steps[each.spec.pid] = each.step
+        job = self._speculation.take(record)
+        if job is not None:
+            self._follow(record, job)
+            if self._jobs.has_weights(job):
+                self._progress_of(job)
+            return
         if not home.updated_by_cpu:
             self._update_on_gpu(record, updated)
         elif updated:
@@ -639,17 +667,23 @@ class Updates:
         if home.bucket.has_master and isinstance(home.weight, OnSsd):
             self._complete_weights(record, buffer, specs, events)
         mark = self._device.mark()
-        record.job = self._jobs.submit(
+        job = self._jobs.submit(
             home,
             update_job(home, updated, buffer, self._scale, events, adds),
             events=events,
             mark=mark,
             buffer=buffer,
             updated=specs,
+            weights=buffer.memory,
         )
         home.accumulated.clear()
+        self._follow(record, job)
+
+    def _follow(self, record: Record, job: Job) -> None:
+        """The job makes the bucket's new weights."""
+        record.job = job
         record.advance(UpdateState.UPDATING)
-        record.buffer = None
+        record.buffer = None  # the job gives it back
 
     def _complete_weights(
         self,
@@ -724,6 +758,8 @@ class Updates:
             TransferError: the job failed.
         """
         record = self._records[job.bucket]
+        if self._speculation.holds(job):
+            return
         if self._jobs.is_done(job):
             self._wait_done(job)  # raises what went wrong
             self._jobs.forget(job)
@@ -746,12 +782,12 @@ class Updates:
         """Copy the new weights in. Only those that the job made: the rest of the buffer is stale."""
         record, buffer = self._records[job.bucket], job.buffer
         home = record.home
-        assert isinstance(home.weight, OnGpu) and buffer is not None
+        assert isinstance(home.weight, OnGpu) and buffer is not None and job.weights is not None
         for start, stop in runs(home.bucket, job.updated):
             cut = slice(start * home.dtype.itemsize, stop * home.dtype.itemsize)
             record.upload = self._device.copy_in(
                 home.weight.memory.bytes[cut],
-                buffer.memory.bytes[cut],
+                job.weights.bytes[cut],
                 (job.mark,),
                 ("upload", home.bucket.index),
             )
