@@ -20,7 +20,7 @@ from .piecewise import Value, in_memory
 from .placing import Placing
 from .program import Bucket, BucketPlacement, ParamSpec
 from .runtime import Runtime
-from .runtime.buckets import stored_pieces
+from .runtime.layout import stored_pieces
 
 
 class TrainingState:

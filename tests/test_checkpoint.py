@@ -583,7 +583,7 @@ def test_state_is_encoded_exactly() -> None:
 def test_a_read_error_leaves_the_previous_checkpoint_and_training_goes_on(
     trained: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lohan_fx.runtime.buckets import OnSsd
+    from lohan_fx.runtime.resting import OnSsd
 
     def broken(self: OnSsd, ticket: int) -> None:
         raise lohan_fx.TransferError("reading fails", errno=errno.EIO)

@@ -15,7 +15,7 @@ from loops import TIGHT, Tiny, assert_same, compiled, leaves_nothing, step, step
 import lohan_fx
 from lohan_fx.compiler import capture
 from lohan_fx.placing import Placing
-from lohan_fx.runtime.buckets import BucketStore
+from lohan_fx.runtime.store import BucketStore
 
 
 def started(folder: Path) -> tuple[Any, Any]:

@@ -12,8 +12,8 @@ import torch
 from lohan_fx.errors import LohanError
 from lohan_fx.program import Program, Slot, Tier
 
-from .buckets import same_layout
 from .device import Arrival, Device
+from .layout import same_layout
 from .memory import PAGE, Arena, HostBytes, Pools, Span, pages
 from .recorder import About
 from .waits import Waits

@@ -18,221 +18,23 @@ writes every element but padding, which is zero in both.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from lohan_fx.errors import LohanError, PlanMismatch, TransferError
-from lohan_fx.piecewise import Piecewise, Value, in_memory, scratch
+from lohan_fx.errors import LohanError, PlanMismatch
+from lohan_fx.piecewise import Value, scratch
 from lohan_fx.program import Bucket, BucketPlacement, ParamSpec, Tier
 
-from .memory import PAGE, DeviceBytes, HostBytes, Pools, pages, slices
+from .layout import cast, param_views, stored_pieces
+from .memory import HostBytes, Pools, pages
+from .resting import InDram, OnGpu, OnSsd, Resting
 
 SECTIONS = ("weight", "master", "exp_avg", "exp_avg_sq")
 
 # Elements in host memory at a time while values are set.
 PIECE_NUMEL = 4 << 20
-
-
-class Resting(Protocol):
-    """One allocation of a bucket in one tier; offsets and sizes are bytes."""
-
-    tier: Tier
-
-    def read(self, offset: int, out: torch.Tensor) -> None:
-        """Fill `out`, a 1-D uint8 CPU tensor, from `offset` on."""
-        ...
-
-    def write(self, offset: int, data: torch.Tensor) -> None:
-        """Store `data`, a 1-D uint8 tensor, from `offset` on."""
-        ...
-
-    def zero(self, offset: int, nbytes: int) -> None: ...
-    def free(self) -> None: ...
-
-
-class OnGpu:
-    """Bytes in device memory."""
-
-    tier = Tier.GPU
-
-    def __init__(self, pools: Pools, nbytes: int, what: str) -> None:
-        self._pools = pools
-        # A tensor made in inference mode could never be updated outside of it.
-        with torch.inference_mode(False):
-            self.memory: DeviceBytes = pools.device_bytes(nbytes, what)
-
-    def read(self, offset: int, out: torch.Tensor) -> None:
-        out.copy_(self.memory.bytes[offset : offset + out.numel()])
-
-    def write(self, offset: int, data: torch.Tensor) -> None:
-        self.memory.bytes[offset : offset + data.numel()].copy_(data)
-
-    def zero(self, offset: int, nbytes: int) -> None:
-        self.memory.bytes[offset : offset + nbytes].zero_()
-
-    def free(self) -> None:
-        self._pools.free_device(self.memory)
-
-
-class InDram:
-    """Bytes in host memory; pinned where a device copy touches them."""
-
-    tier = Tier.DRAM
-
-    def __init__(self, pools: Pools, nbytes: int, what: str, *, pinned: bool) -> None:
-        self._pools = pools
-        self.memory: HostBytes = pools.host_bytes(nbytes, what, pinned=pinned)
-
-    def read(self, offset: int, out: torch.Tensor) -> None:
-        out.copy_(self.memory.bytes[offset : offset + out.numel()])
-
-    def write(self, offset: int, data: torch.Tensor) -> None:
-        self.memory.bytes[offset : offset + data.numel()].copy_(data)
-
-    def zero(self, offset: int, nbytes: int) -> None:
-        self.memory.bytes[offset : offset + nbytes].zero_()
-
-    def free(self) -> None:
-        self._pools.free_host(self.memory)
-
-
-class OnSsd:
-    """Bytes in one extent, with several transfers in flight through the pools' bounce.
-
-    Unaligned pieces are read, changed and written back by whole pages.
-    """
-
-    tier = Tier.SSD
-
-    def __init__(self, pools: Pools, nbytes: int, what: str) -> None:
-        self._pools = pools
-        self._what = what
-        self._nbytes = pages(nbytes)
-        self.extent = pools.extent(nbytes, what)
-
-    def read(self, offset: int, out: torch.Tensor, through: HostBytes | None = None) -> None:
-        """See Resting; `through` is memory of whole pages to use in place of the pools' bounce,
-        which belongs to the thread that runs steps."""
-
-        def take(run: _Run, bounce: HostBytes) -> None:
-            found = bounce.bytes[run.start : run.start + run.wanted]
-            out[run.done : run.done + run.wanted].copy_(found)
-
-        self._stream(False, offset, out.numel(), after=take, through=through)
-
-    def write(self, offset: int, data: torch.Tensor) -> None:
-        def put(run: _Run, bounce: HostBytes) -> None:
-            edges = set()
-            if run.start:
-                edges.add(0)
-            if run.start + run.wanted < run.nbytes:
-                edges.add(run.nbytes - PAGE)
-            for page in edges:
-                self._wait(self._begin(False, run.base + page, bounce.address + page, PAGE))
-            source = data[run.done : run.done + run.wanted]
-            bounce.bytes[run.start : run.start + run.wanted].copy_(source)
-
-        self._stream(True, offset, data.numel(), before=put)
-
-    def zero(self, offset: int, nbytes: int) -> None:
-        clean: set[int] = set()
-
-        def put(run: _Run, bounce: HostBytes) -> None:
-            if bounce.address not in clean:
-                bounce.bytes.zero_()
-                clean.add(bounce.address)
-
-        assert offset % PAGE == 0
-        self._stream(True, offset, min(pages(nbytes), self._nbytes - offset), before=put)
-
-    def free(self) -> None:
-        self._pools.free_extent(self.extent)
-
-    def _begin(self, write: bool, offset: int, address: int, nbytes: int) -> int:
-        engine = self._pools.engine
-        assert engine is not None
-        move = engine.write if write else engine.read
-        return move(self.extent, offset, address, nbytes, self._what)
-
-    def _wait(self, ticket: int) -> None:
-        engine, waits = self._pools.engine, self._pools.waits
-        assert engine is not None
-        engine.wait(ticket, waits.deadline_s)
-
-    def _stream(
-        self,
-        write: bool,
-        offset: int,
-        nbytes: int,
-        before: Callable[[_Run, HostBytes], None] | None = None,
-        after: Callable[[_Run, HostBytes], None] | None = None,
-        through: HostBytes | None = None,
-    ) -> None:
-        """Transfer a byte range run by run, calling `before` and `after` each transfer."""
-        parts = slices(through, 4) if through is not None else self._pools.bounce(nbytes)
-        flight: deque[tuple[int, _Run, HostBytes]] = deque()
-
-        def land() -> None:
-            ticket, run, bounce = flight[0]
-            self._wait(ticket)
-            flight.popleft()
-            if after is not None:
-                after(run, bounce)
-
-        try:
-            with self._pools.waits.counted("placing"):
-                for index, run in enumerate(_runs(offset, nbytes, parts[0].nbytes)):
-                    if len(flight) == len(parts):
-                        land()
-                    bounce = parts[index % len(parts)]
-                    if before is not None:
-                        before(run, bounce)
-                    ticket = self._begin(write, run.base, bounce.address, run.nbytes)
-                    flight.append((ticket, run, bounce))
-                while flight:
-                    land()
-        except BaseException:
-            self._let_land(flight, through is None)
-            raise
-
-    def _let_land(self, flight: Iterable[tuple[int, _Run, HostBytes]], shared: bool) -> None:
-        """After a failure: what is still in flight must not touch memory that is used again."""
-        engine = self._pools.engine
-        assert engine is not None
-        for ticket, _, _ in flight:
-            if not engine.done(ticket):
-                with contextlib.suppress(TransferError):
-                    self._wait(ticket)
-            if not engine.done(ticket) and shared:
-                self._pools.forget_bounce()
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Pages that one transfer moves: `wanted` bytes from `start` on are those asked for, of which
-    `done` came in earlier runs."""
-
-    base: int
-    nbytes: int
-    start: int
-    wanted: int
-    done: int
-
-
-def _runs(offset: int, nbytes: int, room: int) -> Iterable[_Run]:
-    """Cut a byte range into runs of at most `room` bytes."""
-    at, end = offset, offset + nbytes
-    while at < end:
-        base = at // PAGE * PAGE
-        stop = min(end, base + room)
-        yield _Run(base, pages(stop - base), at - base, stop - at, at - offset)
-        at = stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,7 +230,7 @@ class BucketHome:
             data_N = piece(start, min(start + PIECE_NUMEL, spec.numel)).to("cpu")
             for section in sections:
                 place, dtype = self.place(section), self.section_dtype(section)
-                data_N = _cast(data_N, dtype)
+                data_N = cast(data_N, dtype)
                 at = place.offset + (spec.offset + start) * dtype.itemsize
                 place.home.write(at, data_N.view(torch.uint8))
 
@@ -483,7 +285,7 @@ class BucketHome:
                 place, dtype = self.place(section), self.section_dtype(section)
                 target_P = self._in_dram(section)
                 if target_P is None:
-                    data = _cast(part_P, dtype).view(torch.uint8)
+                    data = cast(part_P, dtype).view(torch.uint8)
                     place.home.write(place.offset + start * dtype.itemsize, data)
                 elif index:
                     target_P[start:stop].copy_(part_P)
@@ -556,135 +358,6 @@ class BucketHome:
                 to.write(at, part)
 
 
-class BucketStore:
-    """All buckets of one model, by index, and their parameters by pid."""
-
-    def __init__(self, pools: Pools) -> None:
-        self._pools = pools
-        self.homes: dict[int, BucketHome] = {}
-        self._where: dict[int, tuple[int, ParamSpec]] = {}
-        self._sources: dict[int, Piecewise] = {}  # while adopting: what was placed from a file
-
-    def adopt(
-        self,
-        buckets: Sequence[Bucket],
-        values: MutableMapping[int, Value],
-        placements: Sequence[BucketPlacement],
-        moments: Mapping[int, tuple[Value, Value]],
-        progress: Callable[[int], None],
-    ) -> None:
-        """Place every bucket and fill it, one at a time, emptying `values` on the way.
-
-        `progress` is told the bytes of each bucket placed. On failure the values are back in
-        `values`, masters as fp32, and nothing is held.
-        """
-        try:
-            self._adopt(buckets, values, placements, moments, progress)
-        except BaseException:
-            self.give_back(values)
-            raise
-
-    def _adopt(
-        self,
-        buckets: Sequence[Bucket],
-        values: MutableMapping[int, Value],
-        placements: Sequence[BucketPlacement],
-        moments: Mapping[int, tuple[Value, Value]],
-        progress: Callable[[int], None],
-    ) -> None:
-        for bucket, placement in zip(buckets, placements, strict=True):
-            for spec in bucket.params:
-                _check_dense(spec)
-                self._where[spec.pid] = (bucket.index, spec)
-            home = BucketHome(self._pools, bucket, placement)
-            self.homes[bucket.index] = home
-            home.fill(values, moments)
-            for spec in bucket.params:
-                value = values.pop(spec.pid)
-                if not isinstance(value, torch.Tensor):
-                    self._sources[spec.pid] = value
-            progress(bucket.weight_bytes + bucket.state_bytes)
-        self._sources.clear()
-        self._pools.drop_bounce()
-
-    def give_back(self, values: MutableMapping[int, Value]) -> None:
-        """Undo adopt()."""
-        while self.homes:
-            _, home = self.homes.popitem()
-            section = "master" if home.bucket.trainable else "weight"
-            for spec in home.bucket.params:
-                if spec.pid in self._sources:
-                    values[spec.pid] = self._sources.pop(spec.pid)
-                elif spec.pid not in values:
-                    values[spec.pid] = home.load(spec, section)
-            home.free()
-        self._where.clear()
-        self._pools.drop_bounce()
-
-    def migrate(self, placements: Mapping[int, BucketPlacement]) -> None:
-        """Move buckets to new tiers, one at a time, in an order that finds room.
-
-        Raises:
-            LohanError: what is left cannot move within the budgets; every bucket is whole.
-        """
-        left = [
-            index
-            for index, placement in placements.items()
-            if self._tiers(index) != (placement.weight, placement.state)
-        ]
-        for index in left:
-            self.homes[index].keep_spare(False)
-        depth = {Tier.SSD: 0, Tier.DRAM: 1, Tier.GPU: 2}
-        left.sort(key=lambda i: depth[placements[i].weight] + depth[placements[i].state])
-        while left:
-            stuck, refusal = [], None
-            for index in left:
-                try:
-                    self.homes[index].move(placements[index])
-                except LohanError as error:
-                    stuck.append(index)
-                    refusal = error
-            if refusal is not None and len(stuck) == len(left):
-                raise refusal
-            left = stuck
-        self._pools.drop_bounce()
-
-    def accumulate(self, on: bool) -> None:
-        """Give every trainable bucket an fp32 sum for its gradients, or none.
-
-        Raises:
-            LohanError: a budget is exceeded; says by which bucket's.
-        """
-        for home in self.homes.values():
-            home.accumulate(on)
-
-    def keep_spares(self, on: bool) -> None:
-        """Give every bucket that may speculate a second copy, or none to any.
-
-        Raises:
-            LohanError: a budget is exceeded; says by which bucket's.
-        """
-        for home in self.homes.values():
-            home.keep_spare(on)
-
-    def _tiers(self, index: int) -> tuple[Tier, Tier | None]:
-        home = self.homes[index]
-        return home.weight_tier, home.state_tier
-
-    def find(self, pid: int) -> tuple[BucketHome, ParamSpec]:
-        """Raises LohanError for a pid that no bucket holds."""
-        if pid not in self._where:
-            raise LohanError(f"parameter {pid} is in no bucket of this model")
-        index, spec = self._where[pid]
-        return self.homes[index], spec
-
-    def bucket_of(self, pid: int) -> int:
-        return self._where[pid][0]
-
-    def specs(self) -> Iterable[ParamSpec]:
-        return (spec for _, spec in self._where.values())
-
-
 def state_section_bytes(bucket: Bucket) -> int:
     """Bytes from one fp32 array of the state to the next: whole pages."""
     return pages(bucket.numel * 4)
@@ -705,74 +378,3 @@ def check_placement(bucket: Bucket, placement: BucketPlacement) -> None:
             f"{bucket.name}: an fp32 weight is its own master, so with the weight on the GPU the "
             f"state must be there too, not in {state}"
         )
-
-
-def param_views(bucket: Bucket, dtype: torch.dtype, memory: torch.Tensor) -> list[torch.Tensor]:
-    """The parameters in a buffer of `bucket.weight_bytes` bytes, in the bucket's order."""
-    typed_P = memory.view(dtype)
-    start = typed_P.storage_offset()
-    return [typed_P.as_strided(p.shape, p.stride, start + p.offset) for p in bucket.params]
-
-
-def same_layout(
-    shape: Sequence[int], stride: Sequence[int], other_shape: Sequence[int], other: Sequence[int]
-) -> bool:
-    """True where both put every element at the same place; strides of size-1 dimensions are moot."""
-    return tuple(shape) == tuple(other_shape) and all(
-        n == 1 or a == b for n, a, b in zip(shape, stride, other, strict=True)
-    )
-
-
-def dense(spec: ParamSpec, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The elements of `value` in the order in which the bucket stores them, shape (N,).
-
-    A view where `value` has that layout and dtype already, else a copy on its device.
-    """
-    if value.dtype == dtype and same_layout(spec.shape, spec.stride, value.shape, value.stride()):
-        return value.as_strided((spec.numel,), (1,), value.storage_offset())
-    flat_N = torch.empty(spec.numel, dtype=dtype, device=value.device)
-    flat_N.as_strided(spec.shape, spec.stride).copy_(value)
-    return flat_N
-
-
-def stored_pieces(
-    spec: ParamSpec, value: Value, dtype: torch.dtype
-) -> Callable[[int, int], torch.Tensor]:
-    """A function that gives elements [start, stop) of `value` in the order a bucket stores them.
-
-    Pieces may still have the value's own dtype and device. A value in memory passes through `dtype`
-    as a whole only where its layout differs from the bucket's.
-    """
-    if not isinstance(value, torch.Tensor):
-        row_major = torch.empty(spec.shape, device="meta").stride()
-        if same_layout(spec.shape, spec.stride, value.shape, row_major):
-            return value.piece
-        value = in_memory(value)
-    value = value.detach()
-    if same_layout(spec.shape, spec.stride, value.shape, value.stride()):
-        flat_N = value.as_strided((spec.numel,), (1,), value.storage_offset())
-    else:
-        flat_N = dense(spec, value, dtype)
-    return lambda start, stop: flat_N[start:stop]
-
-
-def _cast(data_N: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As .to(dtype), in memory that goes back at once."""
-    if data_N.dtype == dtype:
-        return data_N
-    return scratch(data_N.numel(), dtype).copy_(data_N)
-
-
-def _check_dense(spec: ParamSpec) -> None:
-    span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True))
-    if math.prod(spec.shape) != spec.numel or (spec.numel and span != spec.numel):
-        raise LohanError(
-            f"{spec.name} has shape {spec.shape} and stride {spec.stride}, which is not dense; make "
-            "it contiguous before compiling"
-        )
-
-
-def host_address(home: Resting) -> int:
-    """The address of an allocation in DRAM."""
-    assert isinstance(home, InDram)
-    return home.memory.address

@@ -11,9 +11,10 @@ import torch
 
 from lohan_fx.program import Program
 
-from .buckets import BucketHome, BucketStore
+from .buckets import BucketHome
 from .device import Arrival, Device
 from .memory import HostBytes, Pools
+from .store import BucketStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from lohan_fx.planner.simulate import MEMORY_CLASSES
 from lohan_fx.program import Tier
 
 from .activations import Slots
-from .buckets import BucketStore, state_section_bytes
+from .buckets import state_section_bytes
 from .inbound import Inbound
 from .memory import PAGE, Pools, pages
+from .store import BucketStore
 from .updates import Updates
 
 Row = tuple[int, ...]  # bytes by class, in the order of MEMORY_CLASSES

@@ -17,12 +17,13 @@ from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, ParamSpec, Tier
 
 from .adam_gpu import Scale, adam_step
-from .buckets import BucketHome, InDram, OnSsd, Place, Spare
+from .buckets import BucketHome, Place, Spare
 from .device import Arrival
 from .gradients import GradBuffer
 from .memory import HostBytes, Pools, pages
 from .norms import Magnitude
 from .options import AdamGroup, RuntimeOptions
+from .resting import InDram, OnSsd
 
 
 @dataclass(slots=True, eq=False)

@@ -36,15 +36,18 @@ from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, BucketPlacement, Names, Program, Tier
 
 from .activations import Slots
-from .buckets import BucketHome, BucketStore, InDram, OnSsd, param_views
+from .buckets import BucketHome
 from .device import Arrival, Device, open_device
 from .gradients import GradPlan
 from .holdings import Holdings
 from .inbound import Inbound, Incoming, Key, Source
+from .layout import param_views
 from .memory import Arena, Pools, require_fit
 from .options import HyperSource, Progress, RuntimeOptions, RuntimeStats
 from .pace import Pace
 from .recorder import Recorder
+from .resting import InDram, OnSsd
+from .store import BucketStore
 from .timelines import timelines
 from .updates import Updates
 from .waits import Waits

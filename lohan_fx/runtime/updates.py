@@ -31,15 +31,18 @@ from lohan_fx.planner import Overlap
 from lohan_fx.program import ParamSpec, Tier
 
 from .adam_gpu import Scale, Update, update_on_device
-from .buckets import BucketHome, BucketStore, OnGpu, OnSsd, dense
+from .buckets import BucketHome
 from .device import Arrival, Device
 from .gradients import GradBuffer, GradBuffers, GradPlan, GradWindow
 from .jobs import Job, JobQueue, Updated, runs, sum_job, update_job
+from .layout import dense
 from .memory import Pools
 from .norms import GradNorms, StepNorms, Wanted
 from .options import AdamGroup, HyperSource, Progress, RuntimeOptions
 from .records import Record, UpdateState
+from .resting import OnGpu, OnSsd
 from .speculation import Speculation
+from .store import BucketStore
 from .sums import add_on_device, adds_of, sum_of
 from .waits import Waits
 

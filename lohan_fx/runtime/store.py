@@ -1,0 +1,144 @@
+"""All buckets of one model: placed, migrated and given back together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+
+import torch
+
+from lohan_fx.errors import LohanError
+from lohan_fx.piecewise import Piecewise, Value
+from lohan_fx.program import Bucket, BucketPlacement, ParamSpec, Tier
+
+from .buckets import BucketHome
+from .layout import check_dense
+from .memory import Pools
+
+
+class BucketStore:
+    """All buckets of one model, by index, and their parameters by pid."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+        self.homes: dict[int, BucketHome] = {}
+        self._where: dict[int, tuple[int, ParamSpec]] = {}
+        self._sources: dict[int, Piecewise] = {}  # while adopting: what was placed from a file
+
+    def adopt(
+        self,
+        buckets: Sequence[Bucket],
+        values: MutableMapping[int, Value],
+        placements: Sequence[BucketPlacement],
+        moments: Mapping[int, tuple[Value, Value]],
+        progress: Callable[[int], None],
+    ) -> None:
+        """Place every bucket and fill it, one at a time, emptying `values` on the way.
+
+        `progress` is told the bytes of each bucket placed. On failure the values are back in
+        `values`, masters as fp32, and nothing is held.
+        """
+        try:
+            self._adopt(buckets, values, placements, moments, progress)
+        except BaseException:
+            self.give_back(values)
+            raise
+
+    def _adopt(
+        self,
+        buckets: Sequence[Bucket],
+        values: MutableMapping[int, Value],
+        placements: Sequence[BucketPlacement],
+        moments: Mapping[int, tuple[Value, Value]],
+        progress: Callable[[int], None],
+    ) -> None:
+        for bucket, placement in zip(buckets, placements, strict=True):
+            for spec in bucket.params:
+                check_dense(spec)
+                self._where[spec.pid] = (bucket.index, spec)
+            home = BucketHome(self._pools, bucket, placement)
+            self.homes[bucket.index] = home
+            home.fill(values, moments)
+            for spec in bucket.params:
+                value = values.pop(spec.pid)
+                if not isinstance(value, torch.Tensor):
+                    self._sources[spec.pid] = value
+            progress(bucket.weight_bytes + bucket.state_bytes)
+        self._sources.clear()
+        self._pools.drop_bounce()
+
+    def give_back(self, values: MutableMapping[int, Value]) -> None:
+        """Undo adopt()."""
+        while self.homes:
+            _, home = self.homes.popitem()
+            section = "master" if home.bucket.trainable else "weight"
+            for spec in home.bucket.params:
+                if spec.pid in self._sources:
+                    values[spec.pid] = self._sources.pop(spec.pid)
+                elif spec.pid not in values:
+                    values[spec.pid] = home.load(spec, section)
+            home.free()
+        self._where.clear()
+        self._pools.drop_bounce()
+
+    def migrate(self, placements: Mapping[int, BucketPlacement]) -> None:
+        """Move buckets to new tiers, one at a time, in an order that finds room.
+
+        Raises:
+            LohanError: what is left cannot move within the budgets; every bucket is whole.
+        """
+        left = [
+            index
+            for index, placement in placements.items()
+            if self._tiers(index) != (placement.weight, placement.state)
+        ]
+        for index in left:
+            self.homes[index].keep_spare(False)
+        depth = {Tier.SSD: 0, Tier.DRAM: 1, Tier.GPU: 2}
+        left.sort(key=lambda i: depth[placements[i].weight] + depth[placements[i].state])
+        while left:
+            stuck, refusal = [], None
+            for index in left:
+                try:
+                    self.homes[index].move(placements[index])
+                except LohanError as error:
+                    stuck.append(index)
+                    refusal = error
+            if refusal is not None and len(stuck) == len(left):
+                raise refusal
+            left = stuck
+        self._pools.drop_bounce()
+
+    def accumulate(self, on: bool) -> None:
+        """Give every trainable bucket an fp32 sum for its gradients, or none.
+
+        Raises:
+            LohanError: a budget is exceeded; says by which bucket's.
+        """
+        for home in self.homes.values():
+            home.accumulate(on)
+
+    def keep_spares(self, on: bool) -> None:
+        """Give every bucket that may speculate a second copy, or none to any.
+
+        Raises:
+            LohanError: a budget is exceeded; says by which bucket's.
+        """
+        for home in self.homes.values():
+            home.keep_spare(on)
+
+    def _tiers(self, index: int) -> tuple[Tier, Tier | None]:
+        home = self.homes[index]
+        return home.weight_tier, home.state_tier
+
+    def find(self, pid: int) -> tuple[BucketHome, ParamSpec]:
+        """Raises LohanError for a pid that no bucket holds."""
+        if pid not in self._where:
+            raise LohanError(f"parameter {pid} is in no bucket of this model")
+        index, spec = self._where[pid]
+        return self.homes[index], spec
+
+    def bucket_of(self, pid: int) -> int:
+        return self._where[pid][0]
+
+    def specs(self) -> Iterable[ParamSpec]:
+        return (spec for _, spec in self._where.values())
