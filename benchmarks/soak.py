@@ -134,7 +134,7 @@ def soak(
 def settle(model: Any) -> None:
     """Give back what nobody uses: cycles, pages the allocator keeps, the record of past transfers."""
     gc.collect()
-    model._lohan.runtime._parts.engine.take_trace()
+    model._lohan.runtime._resources.engine.take_trace()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # glibc
         trim(0)

@@ -199,7 +199,7 @@ class Programs:
             return False
         captured = self.captured[index]
         assert captured.woven is not None
-        runtime.add_program(captured.woven.program, captured.names(params))
+        runtime.passes.add_program(captured.woven.program, captured.names(params))
         self._introduced.add(index)
         return True
 

@@ -31,11 +31,11 @@ def recorded(session: Session, path: str | os.PathLike[str] | None) -> Iterator[
     recorder = session.recorder = Recorder(device)
     try:
         if session.runtime is not None:
-            session.runtime.record(recorder)
+            session.runtime.observer.record(recorder)
         yield trace
         runtime = session.runtime
         if runtime is not None:
-            trace.steps = tuple(runtime.recorded(recorder))
+            trace.steps = tuple(runtime.observer.recorded(recorder))
             trained = [
                 begin.program
                 for begin in recorder.begins
@@ -49,4 +49,4 @@ def recorded(session: Session, path: str | os.PathLike[str] | None) -> Iterator[
     finally:
         session.recorder = None
         if session.runtime is not None and not session.runtime.closed:
-            session.runtime.record(None)
+            session.runtime.observer.record(None)

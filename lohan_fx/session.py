@@ -164,7 +164,7 @@ class Session:
         if self.runtime is None:
             return
         self.state.undo_placing()
-        self.runtime.abort()
+        self.runtime.passes.abort()
         self.programs.drop_incomplete()
         if not self.state.placed:
             self.runtime.close()
@@ -262,7 +262,7 @@ class Session:
             options=options,
             verify_io=settings.verify_io,
         )
-        runtime.record(self.recorder)
+        runtime.observer.record(self.recorder)
         return runtime
 
     def accept(self, woven: Woven) -> None:
@@ -298,7 +298,7 @@ class Session:
         optimizer = self.optimizer
         if captured.training and optimizer is not None:
             runtime.attach(optimizer)
-        runtime.no_sync = self._no_sync
+        runtime.passes.no_sync = self._no_sync
 
     # What parameters, the optimizer and a loss scaler ask (params.Owner).
 
@@ -396,7 +396,7 @@ class Session:
     def check_scaling(self) -> None:
         """Refuse a scaled loss whose backward would use gradients before they are unscaled."""
         runtime = self.runtime
-        if runtime is not None and runtime.awaits_backward and not runtime.waits_for_step:
+        if runtime is not None and runtime.passes.awaits_backward and not runtime.waits_for_step:
             raise TrainingLoopError(
                 "loss scaling needs every gradient before the first update, which "
                 f'overlap={self.settings.overlap!r} does not give here; use overlap="next-forward", '

@@ -21,6 +21,7 @@ from .placing import Placing
 from .program import Bucket, BucketPlacement, ParamSpec
 from .runtime import Runtime
 from .runtime.layout import stored_pieces
+from .runtime.values import Values
 
 
 class TrainingState:
@@ -35,7 +36,7 @@ class TrainingState:
         self._params = params
         self._given: dict[int, Mapping[str, Any]] = {}  # optimizer state that waits for placing
         self._placing: tuple[Placing, Runtime] | None = None
-        self._tiers: Runtime | None = None  # once it has every value
+        self._tiers: Values | None = None  # once it has every value
         self.trainable = frozenset(
             pid for pid, stub in enumerate(params.stubs) if stub.requires_grad
         )
@@ -109,11 +110,11 @@ class TrainingState:
         with phases.timed("await placing"):
             placing.wait()
         phases.seconds["place, beside compiling"] = placing.seconds
-        self._tiers, self._placing = runtime, None
+        self._tiers, self._placing = runtime.values, None
         for pid, state in self._given.items():
             if "master" in state:
-                runtime.set_master(pid, state["master"])
-            runtime.set_steps(pid, int(state["step"]))
+                self._tiers.set_master(pid, state["master"])
+            self._tiers.set_steps(pid, int(state["step"]))
         self._given.clear()
 
     def undo_placing(self) -> None:
@@ -272,15 +273,15 @@ class TrainingState:
                     for pid, (step, m, v) in moments.items()
                 }
             return
-        runtime = self._tiers
-        runtime.begin_restore()
+        tiers = self._tiers
+        tiers.begin_restore()
         for pid, value in values.items():
-            runtime.set_master(pid, value)
+            tiers.set_master(pid, value)
             progress(_nbytes(value))
         for pid, (_, exp_avg, exp_avg_sq) in (moments or {}).items():
-            runtime.set_moments(pid, exp_avg, exp_avg_sq)
+            tiers.set_moments(pid, exp_avg, exp_avg_sq)
             progress(_nbytes(exp_avg) + _nbytes(exp_avg_sq))
-        runtime.end_restore({pid: step for pid, (step, _, _) in (moments or {}).items()})
+        tiers.end_restore({pid: step for pid, (step, _, _) in (moments or {}).items()})
 
 
 def _nbytes(value: Value) -> int:

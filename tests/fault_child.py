@@ -21,21 +21,21 @@ from loops import Tiny, compiled, step, tokens
 from training import RandomPolicy
 
 import lohan_fx
-from lohan_fx.runtime import Runtime
+from lohan_fx.runtime.passes import Passes
 
 GRADIENTS_BEFORE_THE_END = 7
 
 
 def kill_in_backward() -> None:
-    grad, seen = Runtime.grad, []
+    grad, seen = Passes.grad, []
 
-    def deadly(self: Runtime, *args: Any) -> Any:
+    def deadly(self: Passes, *args: Any) -> Any:
         seen.append(1)
         if len(seen) > GRADIENTS_BEFORE_THE_END:
             os.kill(os.getpid(), signal.SIGKILL)
         return grad(self, *args)
 
-    Runtime.grad = deadly  # type: ignore[method-assign]
+    Passes.grad = deadly  # type: ignore[method-assign]
 
 
 def held(folder: Path) -> dict[str, Any]:

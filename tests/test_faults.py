@@ -180,10 +180,10 @@ def test_a_stuck_transfer_hits_the_deadline_and_names_the_tensor(
     model = on_ssd(tmp_path)
     optimizer = lohan_fx.AdamW(model.parameters())
     step(model, optimizer, tokens(0))
-    model._lohan.runtime._waits.deadline_s = 0.005
+    model._lohan.runtime._resources.waits.deadline_s = 0.005
     with pytest.raises(TransferError, match=r"(blocks\.|embed|head|activation).* 0\.005 s"):
         steps(model, optimizer, (tokens(i) for i in range(4)))
-    model._lohan.runtime._waits.deadline_s = 60.0
+    model._lohan.runtime._resources.waits.deadline_s = 60.0
     model.close()
     assert list(tmp_path.iterdir()) == []
 

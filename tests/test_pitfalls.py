@@ -93,9 +93,9 @@ def test_the_moves_that_run_are_those_of_the_program_in_its_order(
 
         return move
 
-    runtime = model._lohan.runtime
+    passes = model._lohan.runtime.passes
     for name in MOVES:
-        monkeypatch.setattr(runtime, name, logged(name, getattr(runtime, name)))
+        monkeypatch.setattr(passes, name, logged(name, getattr(passes, name)))
     step(model, optimizer, tokens(1))
     program = model._lohan.captured[0].woven.program
     expected = [
@@ -133,7 +133,7 @@ def test_every_slot_is_empty_after_a_step(tmp_path: Path) -> None:
     assert len(program.slots) > 0
     for op in ("offload", "offload_wait", "reload", "reload_wait"):
         assert moves[op] == len(program.slots)
-    cells = model._lohan.runtime._opened().slots._cells.values()
+    cells = model._lohan.runtime._resources.opened().slots._cells.values()
     assert {cell.state.name for cell in cells} == {"EMPTY"}
     model.close()
 

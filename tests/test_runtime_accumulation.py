@@ -89,7 +89,7 @@ def test_sums_have_the_bits_of_plain_fp32_sums(
     driver, reference = Driver(runtime, buckets), SumReference(buckets)
     for micro in STEPS:
         for factor, some in micro:
-            runtime.no_sync = (factor, some) is not micro[-1]
+            runtime.passes.no_sync = (factor, some) is not micro[-1]
             driver.factor = factor
             driver.forward(programs[some])
             driver.backward(programs[some])
@@ -103,7 +103,7 @@ def test_sums_have_the_bits_of_plain_fp32_sums(
         reference.apply(scale)
     reference.check(runtime)
     for pid, updates in reference.updates.items():
-        assert runtime.steps(pid) == updates
+        assert runtime.values.steps(pid) == updates
     assert {reference.updates[pid] for pid in (0, 1)} == {5, 4}
     runtime.close()
 
@@ -119,14 +119,14 @@ def test_sums_keep_their_bits_when_they_move(tmp_path: Path) -> None:
     driver, reference = Driver(runtime, buckets), SumReference(buckets)
     for turn in range(4):
         for last in (False, True):
-            runtime.no_sync = not last
+            runtime.passes.no_sync = not last
             driver.factor = 0.3 + turn
             driver.forward(programs[0])
             driver.backward(programs[0])
             reference.add(driver.factor)
             if not last:
                 placements = [*placements[1:], placements[0]]
-                runtime.place(placements, runtime._options)
+                runtime.place(placements, runtime._resources.options)
         runtime.step()
         reference.apply()
     reference.check(runtime)
@@ -145,11 +145,11 @@ def test_a_backward_that_stops_loses_the_sums_until_zero_grad(tier: tuple, tmp_p
         hyper=Hyper(),
         accumulates=True,
     )
-    hyper = runtime._hyper
+    hyper = runtime._resources.hyper
     driver, reference = Driver(runtime, buckets), SumReference(buckets)
 
     def micro_batch(factor: float, *, last: bool, moves: int | None = None) -> None:
-        runtime.no_sync = not last
+        runtime.passes.no_sync = not last
         driver.factor = factor
         driver.forward(programs[0])
         for move in programs[0].backward[:moves]:

@@ -207,7 +207,7 @@ def test_a_failing_disk_names_the_bucket(
     assert caught.value.errno == errno.EIO
     if tiers == (D, S):
         with pytest.raises(TrainingLoopError, match="between two steps"):
-            runtime.begin(0)
+            runtime.passes.begin(0)
     runtime.close()
 
 
@@ -240,10 +240,10 @@ def test_a_disk_that_hangs_is_an_error_after_the_deadline(tmp_path: Path) -> Non
         faults={"delay_ms": 400},
         deadline_s=5.0,
     )
-    runtime._waits.deadline_s = 0.05
+    runtime._resources.waits.deadline_s = 0.05
     with pytest.raises(TransferError, match="the weights of bucket 0"):
         Driver(runtime, buckets).forward(program)
-    runtime._waits.deadline_s = 5.0
+    runtime._resources.waits.deadline_s = 5.0
     runtime.close()
 
 
@@ -295,12 +295,12 @@ def test_the_end_leaves_no_files_descriptors_or_mappings(tmp_path: Path, how: st
         runtime.close()
         assert runtime.closed
     else:
-        parts = runtime._parts
+        resources = runtime._resources
         del runtime
         driver.runtime = None  # type: ignore[assignment]
         gc.collect()
-        assert parts.windows is None
-        del parts
+        assert resources.windows is None
+        del resources
     gc.collect()
     assert open_files() <= files
     assert not list(tmp_path.iterdir())
@@ -312,7 +312,7 @@ def test_a_closed_runtime_refuses_to_work(tmp_path: Path) -> None:
     runtime = make_runtime(tmp_path, buckets, [place(D, D)])
     runtime.close()
     with pytest.raises(LohanError, match="closed"):
-        runtime.weight(0)
+        runtime.values.weight(0)
     assert runtime.stats().current_bytes == {"gpu": 0, "dram": 0, "ssd": 0}
 
 
@@ -336,10 +336,10 @@ def test_poison_reaches_a_weight_that_is_read_after_its_release(tmp_path: Path) 
     buckets = make_buckets(1)
     program = make_program(buckets)
     runtime = make_runtime(tmp_path, buckets, [place(D, D)], [program], hyper=Hyper(), poison=True)
-    runtime.begin(0)
-    runtime.fetch(0)
-    kept = runtime.wait(0)[0]
-    runtime.release(0)
+    runtime.passes.begin(0)
+    runtime.passes.fetch(0)
+    kept = runtime.passes.wait(0)[0]
+    runtime.passes.release(0)
     assert kept.isnan().all()
     runtime.close()
 
@@ -350,8 +350,8 @@ def test_poison_reaches_an_activation_that_is_read_after_its_wait(tmp_path: Path
     program = make_program(buckets, slots)
     runtime = make_runtime(tmp_path, buckets, [place(D, D)], [program], hyper=Hyper(), poison=True)
     x = torch.ones(slots[0].shape)
-    runtime.begin(0)
-    runtime.offload(0, x.as_strided(slots[0].shape, slots[0].stride))
-    runtime.offload_wait(0)
+    runtime.passes.begin(0)
+    runtime.passes.offload(0, x.as_strided(slots[0].shape, slots[0].stride))
+    runtime.passes.offload_wait(0)
     assert x.isnan().all()
     runtime.close()

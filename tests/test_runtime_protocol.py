@@ -76,7 +76,7 @@ def test_a_second_forward_while_activations_are_live_is_refused(tmp_path: Path) 
     runtime, driver, reference = start(tmp_path)
     handle = driver.forward(PROGRAM)
     with pytest.raises(TrainingLoopError, match="wait for their backward"):
-        runtime.begin(0)
+        runtime.passes.begin(0)
     driver.handle = handle
     driver.backward(PROGRAM)
     runtime.step()
@@ -104,7 +104,7 @@ def test_a_second_backward_through_one_forward_is_refused(tmp_path: Path) -> Non
     driver.backward(PROGRAM)
     runtime.step()
     with pytest.raises(TrainingLoopError, match="retain_graph"):
-        runtime.begin_backward(handle)
+        runtime.passes.begin_backward(handle)
     runtime.close()
 
 
@@ -114,7 +114,7 @@ def test_a_second_backward_before_step_is_refused(tmp_path: Path) -> None:
     driver.backward(PROGRAM)
     handle = driver.forward(PROGRAM)
     with pytest.raises(TrainingLoopError, match="no_sync"):
-        runtime.begin_backward(handle)
+        runtime.passes.begin_backward(handle)
     runtime.step()
     reference.step()
     reference.check(runtime)
@@ -128,7 +128,7 @@ def test_a_step_between_forward_and_backward_is_refused(tmp_path: Path) -> None:
     handle = driver.forward(PROGRAM)
     runtime.step()
     with pytest.raises(TrainingLoopError, match="between this forward and its backward"):
-        runtime.begin_backward(handle)
+        runtime.passes.begin_backward(handle)
     runtime.close()
 
 
@@ -138,7 +138,7 @@ def test_a_missing_step_is_an_error_that_names_the_other_mode(tmp_path: Path, mo
     driver.forward(PROGRAM)
     driver.backward(PROGRAM)
     with pytest.raises(TrainingLoopError, match='overlap="next-forward"'):
-        runtime.begin(0)
+        runtime.passes.begin(0)
     runtime.step()
     reference.step()
     driver.train(PROGRAM)
@@ -150,7 +150,7 @@ def test_a_missing_step_is_an_error_that_names_the_other_mode(tmp_path: Path, mo
 def test_a_step_without_a_backward_does_nothing(tmp_path: Path) -> None:
     runtime, _, reference = start(tmp_path)
     runtime.step()
-    assert runtime.step_count == 0
+    assert runtime.values.step_count == 0
     reference.check(runtime)
     runtime.close()
 
@@ -161,7 +161,7 @@ def test_waiting_gradients_may_be_discarded(tmp_path: Path) -> None:
     driver.backward(PROGRAM)
     runtime.discard_gradients()
     runtime.step()
-    assert runtime.step_count == 0
+    assert runtime.values.step_count == 0
     driver.train(PROGRAM)
     reference.step()
     reference.check(runtime)
@@ -207,7 +207,7 @@ def test_a_pass_left_in_the_middle_leaves_nothing_behind(tmp_path: Path, where: 
             for move in stop_at(PROGRAM, "release", 1):
                 driver.move(PROGRAM, move)
         driver.live.clear()
-        runtime.abort()
+        runtime.passes.abort()
         assert runtime.stats().current_bytes["gpu"] == before
     runtime.step()
     driver.train(PROGRAM)
@@ -221,14 +221,14 @@ def test_a_backward_that_stops_halfway_through_its_updates_says_so(tmp_path: Pat
     driver.forward(PROGRAM)
     for move in stop_at(PROGRAM, "release", 1):
         driver.move(PROGRAM, move)
-    runtime.abort()
-    for call in (lambda: runtime.begin(0), lambda: runtime.begin(1), runtime.step):
+    runtime.passes.abort()
+    for call in (lambda: runtime.passes.begin(0), lambda: runtime.passes.begin(1), runtime.step):
         with pytest.raises(TrainingLoopError, match="between two steps"):
             call()
     for bucket in BUCKETS:
         for spec in bucket.params:
-            runtime.set_master(spec.pid, torch.zeros(spec.shape))
-    runtime.step_count = 0
+            runtime.values.set_master(spec.pid, torch.zeros(spec.shape))
+    runtime.values.step_count = 0
     driver.live.clear()
     driver.train(PROGRAM)
     runtime.close()
@@ -276,9 +276,9 @@ def test_values_can_be_set_between_forward_and_backward_of_a_step(tmp_path: Path
     driver.train(PROGRAM)
     for bucket in BUCKETS:
         for spec in bucket.params:
-            runtime.set_master(spec.pid, reference.master[spec.pid])
-            runtime.set_moments(spec.pid, torch.zeros(spec.shape), torch.zeros(spec.shape))
-    runtime.step_count = 0
+            runtime.values.set_master(spec.pid, reference.master[spec.pid])
+            runtime.values.set_moments(spec.pid, torch.zeros(spec.shape), torch.zeros(spec.shape))
+    runtime.values.step_count = 0
     reference.check(runtime)
     driver.train(PROGRAM)
     reference.step()

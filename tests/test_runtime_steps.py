@@ -55,7 +55,7 @@ def test_steps_over_all_tiers_have_the_bits_of_plain_adam(
         driver.train(program)
         reference.step()
     reference.check(runtime)
-    assert runtime.step_count == 3
+    assert runtime.values.step_count == 3
     runtime.close()
 
 
@@ -166,7 +166,7 @@ def test_buckets_may_migrate_between_steps(tmp_path: Path, mode: str) -> None:
         driver.train(programs[turn])
         reference.step()
         placements = placements[2:] + placements[:2]
-        runtime.place(placements, runtime._options)
+        runtime.place(placements, runtime._resources.options)
     reference.check(runtime)
-    assert runtime.step_count == 3
+    assert runtime.values.step_count == 3
     runtime.close()

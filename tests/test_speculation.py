@@ -74,7 +74,7 @@ def factor(reference: Reference, limit: float) -> tuple[float, float]:
 
 
 def train(runtime: Runtime, driver: Driver) -> None:
-    driver.train(runtime._programs[0])
+    driver.train(runtime.passes._programs[0])
 
 
 @pytest.mark.usefixtures("copies")
@@ -113,14 +113,14 @@ def test_a_step_left_out_changes_nothing_and_its_gradients_are_forgotten(tmp_pat
             if good:
                 reference.step()
             reference.check(runtime)
-    assert (runtime.step_count, runtime.stats().skipped_steps) == (2, 2)
+    assert (runtime.values.step_count, runtime.stats().skipped_steps) == (2, 2)
     runtime.close()
 
 
 @pytest.mark.usefixtures("copies")
 def test_gradients_thrown_away_leave_the_values_alone(tmp_path: Path) -> None:
     runtime, driver, reference = start(tmp_path, Hyper(max_grad_norm=1e9))
-    program = runtime._programs[0]
+    program = runtime.passes._programs[0]
     train(runtime, driver)
     reference.step()
     driver.forward(program)
@@ -137,7 +137,7 @@ def test_gradients_thrown_away_leave_the_values_alone(tmp_path: Path) -> None:
 def test_hyperparameters_changed_after_the_backward_are_those_of_the_step(tmp_path: Path) -> None:
     hyper = Hyper(max_grad_norm=1e9, each=[GROUP])
     runtime, driver, reference = start(tmp_path, hyper)
-    program = runtime._programs[0]
+    program = runtime.passes._programs[0]
     for rate in (0.1, 0.01):
         driver.forward(program)
         driver.backward(program)
@@ -151,7 +151,7 @@ def test_hyperparameters_changed_after_the_backward_are_those_of_the_step(tmp_pa
 
 def test_a_loss_scale_is_expected_to_stay_what_it_was(tmp_path: Path) -> None:
     runtime, driver, reference = start(tmp_path, Hyper(checks_finite=True))
-    program = runtime._programs[0]
+    program = runtime.passes._programs[0]
     expected = []
     for inverse in (0.5, 0.5, 0.25, 0.25):
         driver.factor = 1.0 / inverse  # a power of two: nothing is rounded
@@ -168,7 +168,7 @@ def test_a_loss_scale_is_expected_to_stay_what_it_was(tmp_path: Path) -> None:
 
 def test_a_backward_that_fails_leaves_the_values_of_the_last_step(tmp_path: Path) -> None:
     runtime, driver, reference = start(tmp_path, Hyper(max_grad_norm=1e9))
-    program = runtime._programs[0]
+    program = runtime.passes._programs[0]
     train(runtime, driver)
     reference.step()
     driver.forward(program)
@@ -176,7 +176,7 @@ def test_a_backward_that_fails_leaves_the_values_of_the_last_step(tmp_path: Path
         driver.move(program, move)
     driver.live.clear()
     driver.saved.clear()
-    runtime.abort()
+    runtime.passes.abort()
     reference.check(runtime)
     train(runtime, driver)
     reference.step()
@@ -193,7 +193,7 @@ def test_second_copies_go_along_when_buckets_migrate(tmp_path: Path) -> None:
         reference.step()
         placements = placements[2:] + placements[:2]
         assert runtime.stats().updates["made_ahead"] == num_ahead("bfloat16")
-        runtime.place(placements, runtime._options)
+        runtime.place(placements, runtime._resources.options)
         reference.check(runtime)
     runtime.close()
 

@@ -159,7 +159,10 @@ def test_a_summary_counts_lanes_and_the_bound(traced: Traced) -> None:
 def test_nothing_is_told_of_steps_that_nobody_watches(untraced: tuple[Any, list[float]]) -> None:
     session = untraced[0]._lohan
     assert not ops.watched
-    assert session.runtime._device.recorder is None and session.runtime._waits.recorder is None
+    assert (
+        session.runtime._resources.device.recorder is None
+        and session.runtime._resources.waits.recorder is None
+    )
     for captured in session.captured:
         for skeleton in captured.skeletons.values():
             assert "watched" not in vars(skeleton) and "told" not in skeleton.source

@@ -213,7 +213,7 @@ def make_runtime(
         engine=engine,
     )
     for program in programs:
-        runtime.add_program(program)
+        runtime.passes.add_program(program)
     runtime.adopt(buckets, stubs_of(buckets), values_of(buckets), placements)
     if hyper is not None:
         runtime.attach(hyper)
@@ -363,11 +363,13 @@ class Reference:
         for bucket in self.buckets:
             for spec in bucket.params:
                 pid = spec.pid
-                pairs = [(runtime.weight(pid), self.weight[pid])]
+                pairs = [(runtime.values.weight(pid), self.weight[pid])]
                 if spec.trainable:
-                    pairs.append((runtime.master(pid), self.master[pid]))
+                    pairs.append((runtime.values.master(pid), self.master[pid]))
                     pairs += zip(
-                        runtime.moments(pid), (self.exp_avg[pid], self.exp_avg_sq[pid]), strict=True
+                        runtime.values.moments(pid),
+                        (self.exp_avg[pid], self.exp_avg_sq[pid]),
+                        strict=True,
                     )
                 for found, expected in pairs:
                     if bucket.index in rounded:

@@ -114,12 +114,12 @@ def save(
         snapshot = Snapshot(
             dict(groups),
             runtime.background_reader(),
-            runtime.read_piece,
+            runtime.values.read_piece,
             limit_bytes=COPY_BYTES,
             deadline_s=runtime.deadline_s,
         )
         saving = session.saving = Saving(job, snapshot)
-        runtime.watch(snapshot.before_update, saving.settle)
+        runtime.values.watch(snapshot.before_update, saving.settle)
         saving.start()
         return saving
     with progress_of_bytes("Saving", inventory.nbytes) as progress:

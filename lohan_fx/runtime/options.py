@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lohan_fx.errors import TrainingLoopError
 from lohan_fx.planner import Overlap
 
 
@@ -97,6 +98,11 @@ class Progress:
     last_grad_norm: float | None = None
     torn: str | None = None
     lost: str | None = None
+
+    def check_whole(self) -> None:
+        """Raise TrainingLoopError where the weights are torn."""
+        if self.torn is not None:
+            raise TrainingLoopError(self.torn)
 
 
 @dataclass(frozen=True, slots=True)

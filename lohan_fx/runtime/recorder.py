@@ -132,7 +132,7 @@ class Recorder:
         self.pauses: list[Pause] = []
         self.begins: list[Begin] = []
         self.held: list[Held] = []
-        self.native: list[tuple[str, str, float, float]] = []  # see Runtime.take_trace
+        self.native: list[tuple[str, str, float, float]] = []  # see Observer.take_trace
         self.jobs: defaultdict[str, deque[str]] = defaultdict(deque)  # by bucket: adam or sum
         self.closed: Point | None = None
         self._program = 0
