@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 # name: hidden, layers, heads, intermediate
 SIZES = {
     "tiny": (64, 2, 4, 176),
+    "deep": (64, 28, 4, 176),  # as many layers as 3b, and narrow: to time tracing on any machine
     "125m": (768, 12, 12, 2048),
     "1b": (2048, 24, 16, 5504),
     "wide": (4096, 8, 32, 11008),

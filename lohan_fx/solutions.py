@@ -16,14 +16,13 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from pathlib import Path
 
 from lohan_fx import planner
 from lohan_fx.errors import LohanError
 from lohan_fx.hardware import cache_dir
+from lohan_fx.kept import read_kept, write_kept
 from lohan_fx.planner import Forced, Problem, Solution, solve, validate
 
 log = logging.getLogger(__name__)
@@ -51,7 +50,8 @@ def solved(problem: Problem, policy: str, forced: Forced) -> Solution:
     solution = solve(problem, policy=policy, forced=forced)
     if time.perf_counter() - began >= WORTH_S:
         uses_ssd = solution.predicted.peak_bytes.get("ssd", 0) > 0
-        _write(exact if uses_ssd else without_ssd, solution)
+        path = exact if uses_ssd else without_ssd
+        write_kept(path, solution.to_json().encode(), MAX_FILES)
     return solution
 
 
@@ -76,41 +76,16 @@ def _planner_digest() -> str:
 
 def _read(path: Path, problem: Problem) -> Solution | None:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise LohanError(f"it has more than {MAX_BYTES} bytes")
-        solution = Solution.from_json(path.read_text(encoding="utf-8"))
+        data = read_kept(path, MAX_BYTES)
+        if data is None:
+            return None
+        solution = Solution.from_json(data.decode())
         faults = validate(problem, solution)
         if faults:
             raise LohanError(f"it breaks a rule: {faults[0]}")
-    except FileNotFoundError:
-        return None
     except Exception as error:  # whatever is in the file must not end a run
         log.warning("%s is not used, the step is planned anew: %s", path, error)
         with contextlib.suppress(OSError):
             path.unlink()
         return None
-    with contextlib.suppress(OSError):
-        os.utime(path)  # the least recently used files go first
     return solution
-
-
-def _write(path: Path, solution: Solution) -> None:
-    """All or nothing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(solution.to_json())
-        os.replace(file.name, path)
-        _drop_old(path.parent)
-    except OSError as error:
-        log.info("the solution cannot be kept in %s: %s", path, error)
-
-
-def _drop_old(folder: Path) -> None:
-    """Keep the MAX_FILES files used last; what a process left that died while writing goes too."""
-    found = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in found[MAX_FILES:]:
-        with contextlib.suppress(OSError):
-            file.unlink()

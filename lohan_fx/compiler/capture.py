@@ -30,7 +30,8 @@ from lohan_fx.params import owner_of
 from lohan_fx.program import Tier
 
 from .kernels import warm_workers
-from .partition import Candidate, Joint, backward_nodes, find_candidates, split
+from .known_joints import KnownJoint
+from .partition import Candidate, Joint, backward_nodes, find_candidates, split, worth_saving
 from .region_compilers import AtenCompiler, InductorCompiler, RegionCompiler
 from .skeleton import Skeleton, lower
 from .stages import StageInfo, assign_stages, settle_stragglers
@@ -131,10 +132,17 @@ class Backend:
         }
         context = torch._guards.TracingContext.try_get()
         assert context is not None and context.fake_mode is not None
-        step = _Step(host, self._compiler, param_index, context.fake_mode)
+        known = KnownJoint(
+            module,
+            lowering=host.lowering,
+            param_index=param_index,
+            fake_mode=context.fake_mode,
+        )
+        step = _Step(host, self._compiler, param_index, context.fake_mode, known)
         # The first step is the last to be waited for: both passes are compiled before it.
         with (
             paused_collector(),
+            known.looked_up(),
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         ):
             compiled = aot_autograd(
@@ -184,11 +192,13 @@ class _Step:
         compiler: RegionCompiler,
         param_index: Mapping[int, int],
         fake_mode: Any,
+        known: KnownJoint,
     ) -> None:
         self._host_ref = weakref.ref(host)  # See [Note: compiled code holds no model]
         self._compiler = compiler
         self._param_index = param_index
         self._fake_mode = fake_mode
+        self._known = known
         self._index = -1
 
     @property
@@ -201,8 +211,8 @@ class _Step:
         self, module: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         options.pop("compiler", None)
-        host = self._host
-        if host.lowering == "inductor":
+        host, known = self._host, self._known
+        if host.lowering == "inductor" and not known.found:
             with host.timed("joint passes"):
                 module = self._joint_passes(module)
         stages = assign_stages(module.graph)
@@ -214,7 +224,13 @@ class _Step:
             options=options,
         )
         with host.timed("find candidates"):
-            candidates = tuple(find_candidates(joint))
+            worth = known.worth_saving
+            if worth is None:
+                worth = worth_saving(joint)
+            candidates = tuple(find_candidates(joint, worth))
+        if not known.found:
+            with host.timed("keep the joint graph"):
+                known.keep(module, worth)
         with host.timed("plan"):
             reached = gradients_of(module.graph, self._param_index)
             decision = host.decide(Traced(joint, stages, candidates, True, reached))

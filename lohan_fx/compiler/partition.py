@@ -93,11 +93,11 @@ def _is_random_tensor(node: fx.Node) -> bool:
     return is_random(node) and tensor_of(node) is not None
 
 
-def find_candidates(joint: Joint) -> list[Candidate]:
+def find_candidates(joint: Joint, worth_saving: Iterable[str]) -> list[Candidate]:
     """Everything worth saving, in forward order.
 
-    To the values of the unconstrained min cut are added those that cross from one stage into
-    another, so that recomputing anything never reaches beyond its own stage.
+    To the values of the unconstrained min cut, whose names are `worth_saving`, are added those that
+    cross from one stage into another, so that recomputing anything never reaches beyond its own stage.
     """
     graph = joint.graph
     backward = backward_nodes(graph)
@@ -113,7 +113,7 @@ def find_candidates(joint: Joint) -> list[Candidate]:
     needed = _needed_by_backward(graph, backward, derived)
 
     chosen: dict[fx.Node, bool] = {}  # storage owner -> may be recomputed
-    for name in _default_saved(joint):
+    for name in worth_saving:
         node = by_name.get(name)
         if node is None:
             continue
@@ -281,7 +281,7 @@ def _min_cut(module: fx.GraphModule, joint: Joint) -> tuple[fx.GraphModule, fx.G
     )
 
 
-def _default_saved(joint: Joint) -> list[str]:
+def worth_saving(joint: Joint) -> list[str]:
     """Names of what the partitioner saves by itself (parameters' views excepted by a tag)."""
     trial = _make_graph_module(joint.module, _without_duplicates(joint.graph))
     derived = {node.name for node in param_derived(joint)}
