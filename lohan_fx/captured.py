@@ -67,6 +67,7 @@ class Captured:
     def decision(self, number: int, index: int, buckets: tuple[Bucket, ...]) -> Decision:
         """The solution as the compiler needs it; `number` is the runtime's, `index` the program's."""
         solution, windows = self.solution, self.solution.windows
+        closed_forward, closed_backward = windows.closed_stages(self.problem.num_stages)
         return Decision(
             number=number,
             index=index,
@@ -93,6 +94,8 @@ class Captured:
                 fetch_bytes=windows.fetch_window_bytes,
                 reload_bytes=windows.reload_window_bytes,
                 offload_bytes=windows.offload_window_bytes,
+                closed_forward=closed_forward,
+                closed_backward=closed_backward,
             ),
         )
 

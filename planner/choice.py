@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner.cost import estimate
-from lohan_fx.planner.ledger import Ledger, Room
+from lohan_fx.planner.ledger import Ledger, Room, rooms
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
 from lohan_fx.planner.simulate import simulate, simulated
 from lohan_fx.planner.solution import Forced, Prediction, Solution
@@ -125,14 +125,14 @@ def all_on_gpu(problem: Problem, forced: Forced, policy: str = "") -> Solution |
     return finish(problem, ledger, Room.STAGE, policy)
 
 
-def fits_at_all(problem: Problem, ledger: Ledger, rooms: Sequence[Room] = tuple(Room)) -> bool:
+def fits_at_all(problem: Problem, ledger: Ledger, widths: Sequence[Room] = tuple(Room)) -> bool:
     """True if the bytes of a placement fit at any of these widths of windows."""
     have = problem.capacities
     return any(
         gpu + problem.gpu_margin_bytes <= have.gpu_bytes
         and dram <= have.dram_bytes
         and ssd <= have.ssd_bytes
-        for gpu, dram, ssd in (ledger.peaks(ledger.windows(room)) for room in rooms)
+        for gpu, dram, ssd in (ledger.peaks(ledger.windows(room)) for room in widths)
     )
 
 
@@ -142,7 +142,7 @@ def fitting(problem: Problem, ledger: Ledger, policy: str, cutoff_s: float = mat
     Raises NothingFits where none do, naming what there is too little of, and NotFaster where no
     windows make it take less than `cutoff_s`.
     """
-    for room in sorted(Room, reverse=True):
+    for room in rooms(problem):
         if fits_at_all(problem, ledger, (room,)):
             solution = finish(problem, ledger, room, policy)
             if solution is None:

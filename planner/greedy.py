@@ -24,7 +24,7 @@ from lohan_fx.planner.choice import (
     replayed,
 )
 from lohan_fx.planner.least import check_forced, starts
-from lohan_fx.planner.ledger import Ledger, Room
+from lohan_fx.planner.ledger import Ledger, Room, rooms
 from lohan_fx.planner.moves import NO_GAIN, Search
 from lohan_fx.planner.problem import NothingFits, Problem
 from lohan_fx.planner.solution import Forced, Solution
@@ -68,7 +68,7 @@ def _search(problem: Problem, forced: Forced) -> Solution | None:
     best = all_on_gpu(problem, forced)
     if best is None:
         begin = starts(problem, forced)
-        for room in sorted(Room, reverse=True):
+        for room in rooms(problem):
             best = _best(problem, forced, room, begin)
             if best is not None:
                 break

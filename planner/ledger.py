@@ -50,17 +50,27 @@ class Room(enum.IntEnum):
     """How generous windows are.
 
     NONE: each move waits where it starts. ITEM: one item moves while another is used.
-    STAGE: up to a stage's worth moves ahead, within a fixed share of the GPU.
+    STAGE: up to a stage's worth moves ahead, within a fixed share of the GPU. AROUND: as STAGE, but
+    not past the stages that need far more of the GPU than the others (`tight_positions`).
     """
 
     NONE = 0
     ITEM = 1
-    STAGE = 2
+    AROUND = 2
+    STAGE = 3
+
+    @property
+    def is_wide(self) -> bool:
+        return self >= Room.AROUND
 
 
-# At Room.STAGE: GPU capacity over these is the most a window takes, unless one item is larger.
+# In wide rooms: GPU capacity over these is the most a window takes, unless one item is larger.
 FETCH_SHARE = 16
 WINDOW_SHARE = 32
+# Stages are closed if they need so much more than others (GPU capacity over this), and together take
+# no more than this share of the step: what follows one waits for its first bytes.
+_TIGHT_SHARE = 32
+_MOST_CLOSED = 0.125
 # Gradients of so many buckets at most may wait for the CPU in DRAM that nothing else needs.
 _MOST_GRAD_BUFFERS = 48
 
@@ -112,6 +122,44 @@ def activation_spans(
     return [(activation.forward_stage, activation.last_forward_stage + 1, size), (start, end, size)]
 
 
+def tight_positions(problem: Problem) -> tuple[int, ...]:
+    """Positions that need far more of the GPU than others do, with as little on it as can be.
+
+    Empty where no few stages stand out: see _TIGHT_SHARE and _MOST_CLOSED.
+    """
+    num_stages = problem.num_stages
+    least: Ints = np.zeros(2 * num_stages + 1, dtype=np.int64)
+    seconds: Floats = np.zeros(2 * num_stages)
+    for stage in problem.stages:
+        for at, size, taken_s in (
+            (stage.index, stage.forward_workspace_bytes, stage.forward_s),
+            (2 * num_stages - 1 - stage.index, stage.backward_workspace_bytes, stage.backward_s),
+        ):
+            least[at] += size
+            seconds[at] = taken_s
+    streamed = BucketPlace(Place.DRAM, Place.DRAM)
+    intervals = backward_intervals(problem, [Place.GPU] * len(problem.activations))
+    spans = [span for b in problem.buckets for span in bucket_spans(problem, b, streamed)]
+    for a in problem.activations:
+        place = Place.DRAM if a.can_swap or a.can_recompute else Place.GPU
+        spans += activation_spans(problem, a, place, intervals[a.index])
+    for start, end, size in spans:
+        least[start:end] += size
+    fullest = np.argsort(-least[:-1], kind="stable")
+    taken = np.cumsum(seconds[fullest])
+    if not taken.size or not taken[-1] > 0:
+        return ()
+    usual = int(least[fullest[int(np.searchsorted(taken, taken[-1] / 2))]])
+    above = least[fullest] > usual + problem.capacities.gpu_bytes // _TIGHT_SHARE
+    return tuple(sorted(map(int, fullest[above & (taken <= _MOST_CLOSED * taken[-1])])))
+
+
+def rooms(problem: Problem) -> list[Room]:
+    """The widths of windows that differ for a problem, the widest first."""
+    tight = tight_positions(problem)
+    return [room for room in sorted(Room, reverse=True) if tight or room is not Room.AROUND]
+
+
 class Ledger:
     """Running totals of one placement; items can be moved one at a time.
 
@@ -151,6 +199,7 @@ class Ledger:
         self._sizes: dict[str, Counter[int]] = {
             sort: Counter() for sort in ("fetch", "swap", "grad", "state", "inbound", "outbound")
         }
+        self._tight: tuple[int, ...] | None = None  # tight_positions, once they are asked for
         self._top: dict[str, int] = {}  # the largest of each sort, where it is known
         for index, place in enumerate(self.buckets):
             self._count_bucket(index, place, 1)
@@ -281,11 +330,13 @@ class Ledger:
 
         def window(moved: Ints, sort: str, share: int) -> int:
             item = self._largest(sort)
-            if room is Room.STAGE:
+            if room.is_wide:
                 return max(item, min(int(moved.max()), gpu_bytes // share))
             return item
 
-        roomy, still = room is Room.STAGE, room is Room.NONE
+        roomy, still = room.is_wide, room is Room.NONE
+        if self._tight is None and room is Room.AROUND:
+            self._tight = tight_positions(self.problem)
         most_open = max(2, int(self._open.max()))
         return Windows(
             fetch_window_bytes=0 if still else window(self._fetch, "fetch", FETCH_SHARE),
@@ -296,18 +347,25 @@ class Ledger:
             state_buffers=(3 if roomy else 2) if self._sizes["state"] else 0,
             inbound_bytes=(4 if roomy else 2) * self._largest("inbound"),
             outbound_bytes=(4 if roomy else 2) * self._largest("outbound"),
+            closed=self._tight or () if room is Room.AROUND else (),
         )
 
     def widened(self, windows: Windows) -> Windows:
         """The same windows, wider by what this placement leaves free.
 
         Activations on their way out wait on the GPU in forward only, which is seldom where it is
-        fullest; a window that holds one item alone would let a small one hold up a large one.
+        fullest; a window that holds one item alone would let a small one hold up a large one. What is
+        free beside the fullest stage that is not closed lets a stage's activations come back early.
         Gradients that wait in DRAM let backward go on while the CPU is behind with its updates.
         """
         have, num_stages = self.problem.capacities, self.problem.num_stages
         room = have.gpu_bytes - self.problem.gpu_margin_bytes
         offload, buffers = windows.offload_window_bytes, windows.grad_buffers
+        reload = windows.reload_window_bytes
+        if reload:
+            used = self.gpu_bytes(windows)[num_stages : 2 * num_stages]
+            used[[at - num_stages for at in windows.closed if at >= num_stages]] = 0
+            reload += max(0, min(room - int(used.max()), int(self._in.max()) - reload))
         if offload:
             free = room - int(self.gpu_bytes(windows)[:num_stages].max())
             offload += max(0, min(free, 2 * int(self._out.max()) - offload))
@@ -315,7 +373,12 @@ class Ledger:
             free = (have.dram_bytes - self.dram_bytes(windows)) // self._largest("grad")
             most = min(sum(self._sizes["grad"].values()), _MOST_GRAD_BUFFERS)
             buffers += max(0, min(free, most - buffers))
-        return dataclasses.replace(windows, offload_window_bytes=offload, grad_buffers=buffers)
+        return dataclasses.replace(
+            windows,
+            offload_window_bytes=offload,
+            reload_window_bytes=reload,
+            grad_buffers=buffers,
+        )
 
     @property
     def ssd_bytes(self) -> int:
@@ -357,11 +420,14 @@ class Ledger:
         for half in (forward, backward):
             moved = self._fetch[half]
             ahead = moved.sum() - np.cumsum(moved)
-            used[half] += np.minimum(ahead, windows.fetch_window_bytes)
+            ahead = np.minimum(ahead, windows.fetch_window_bytes)
+            ahead[[at - half.start for at in windows.closed if half.start <= at < half.stop]] = 0
+            used[half] += ahead
         behind = np.cumsum(self._out) - self._out
         used[forward] += np.minimum(behind, windows.offload_window_bytes)
-        ahead = self._in.sum() - np.cumsum(self._in)
-        used[backward] += np.minimum(ahead, windows.reload_window_bytes)
+        ahead = np.minimum(self._in.sum() - np.cumsum(self._in), windows.reload_window_bytes)
+        ahead[[at - num_stages for at in windows.closed if at >= num_stages]] = 0
+        used[backward] += ahead
         used[backward] += windows.grad_window_bytes
         if self._num_gpu_states:
             turn = slice(2 * num_stages, None) if self.problem.overlap.waits_for_step else backward

@@ -37,7 +37,13 @@ import numpy as np
 from ortools.linear_solver import pywraplp
 
 from lohan_fx.planner.choice import SECONDS_PER_DAY
-from lohan_fx.planner.ledger import FETCH_SHARE, WINDOW_SHARE, Room, gradient_interval
+from lohan_fx.planner.ledger import (
+    FETCH_SHARE,
+    WINDOW_SHARE,
+    Room,
+    gradient_interval,
+    tight_positions,
+)
 from lohan_fx.planner.lots import SORTS, Lot, Stock, stock
 from lohan_fx.planner.problem import PAGE, BucketPlace, Overlap, Place, Problem
 from lohan_fx.planner.solution import Forced
@@ -394,7 +400,7 @@ class _Program:
 
     def _limit_dram(self) -> Terms:
         """Items, gradients and buffers fit; returns the terms, in bytes."""
-        roomy = self.room is Room.STAGE
+        roomy = self.room is not None and self.room.is_wide
         terms = self._per_item(lambda lot, k: lot.dram[k])
         if not self.problem.overlap.waits_for_step:
             terms += self._largest("grad", self._grad_buffers())
@@ -423,7 +429,7 @@ class _Program:
                 for index in lot.group.members:
                     first, last = gradient_interval(self.problem.buckets[index])
                     open_in[last : first + 1] += 1
-        return max(2, int(open_in.max())) + (2 if self.room is Room.STAGE else 0)
+        return max(2, int(open_in.max())) + (2 if self.room.is_wide else 0)
 
     def _limit_writes(self) -> None:
         most_a_day = self.problem.max_ssd_bytes_per_day
@@ -508,6 +514,7 @@ class _Program:
             terms[position] = list(grad)
         if self.room in (None, Room.NONE):
             return terms
+        closed = set(tight_positions(self.problem)) if self.room is Room.AROUND else set()
         for sort, share in (("fetch", FETCH_SHARE), ("out", WINDOW_SHARE), ("in", WINDOW_SHARE)):
             moved = self._moved(sort)
             levels = self._levels["fetch" if sort == "fetch" else "swap"]
@@ -516,12 +523,14 @@ class _Program:
                 [size for size, _ in levels],
                 default=0,
             )
-            if self.room is Room.STAGE:
+            if self.room is not None and self.room.is_wide:
                 widest = max(widest, self._stage_window_bytes(share, moved))
             for half in (slice(0, num_stages), slice(num_stages, 2 * num_stages)):
                 total = np.cumsum(moved[half])
                 waiting = total - moved[half] if sort == "out" else total[-1] - total
                 for at in np.flatnonzero(waiting):
+                    if sort != "out" and half.start + int(at) in closed:
+                        continue
                     if waiting[at] < widest:
                         terms[half.start + int(at)].append((levels[0][1], float(waiting[at])))
                     else:
@@ -529,8 +538,8 @@ class _Program:
         return terms
 
     def _window(self, sort: str, share: int, moved: Ints) -> Terms:
-        """Bytes of one window: the largest item, or at Room.STAGE up to a stage's worth."""
-        if self.room is not Room.STAGE or not self._levels[sort]:
+        """Bytes of one window: the largest item, or in a wide Room up to a stage's worth."""
+        if self.room is None or not self.room.is_wide or not self._levels[sort]:
             return self._largest(sort, 1.0)
         capacity = float(self.problem.capacities.gpu_bytes or 1)
         wide = self._stage_window_bytes(share, moved)

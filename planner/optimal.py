@@ -20,7 +20,7 @@ from lohan_fx.planner.choice import NotFaster, all_on_gpu, excess_of, finish, ra
 from lohan_fx.planner.cost import step_seconds
 from lohan_fx.planner.greedy import greedy, improve
 from lohan_fx.planner.least import check_forced, is_redone_in_place
-from lohan_fx.planner.ledger import Ledger, Room
+from lohan_fx.planner.ledger import Ledger, Room, rooms
 from lohan_fx.planner.lots import Lot
 from lohan_fx.planner.moves import AnyPlace, Search, group_items
 from lohan_fx.planner.problem import BucketPlace, NothingFits, Overlap, Place, Problem
@@ -132,7 +132,7 @@ def placements(problem: Problem, forced: Forced) -> Iterator[Solution]:
     from lohan_fx.planner.milp import place_counts
 
     best_s = math.inf
-    for room in sorted(Room, reverse=True):
+    for room in rooms(problem):
         # Without windows nothing is hidden: that pays only where there is no room for them.
         answer = place_counts(problem, forced, room, best_s if room is Room.NONE else math.inf)
         if answer is None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from lohan_fx.planner.choice import NotFaster, fits_at_all, fitting, replayed
 from lohan_fx.planner.least import check_forced, is_redone_in_place
-from lohan_fx.planner.ledger import Ledger, Room
+from lohan_fx.planner.ledger import Ledger, rooms
 from lohan_fx.planner.problem import (
     Activation,
     Bucket,
@@ -326,7 +326,7 @@ def _evicted(
     if not fits_at_all(problem, everything):
         return fitting(problem, everything, policy, cutoff_s)
     _move(ledger, [(i, G) for i, p in order if isinstance(p, Place)])
-    for room in sorted(Room, reverse=True):
+    for room in rooms(problem):
         trial = ledger.copy()
         for step in ((), *((item,) for item in order)):
             _move(trial, step)

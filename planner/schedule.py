@@ -5,7 +5,7 @@ what is predicted is what runs. A position is "before the piece of compute with 
 position, what ends comes first, then what starts ahead of its use, then what must have arrived:
 
     release, grad, offload, offload_wait   values whose last reader has just been passed
-    fetch, reload                          copies issued at the start of the pass
+    fetch, reload                          copies issued at the start of the pass, or past a closed stage
     wait, reload_wait                      values the next piece of compute reads, and right after
                                            each wait the copies for which it makes room
 
@@ -15,6 +15,10 @@ the bytes that have been issued and not waited for never exceed the window. A va
 window is issued just before its own wait. A copy out is waited for when the next one would leave
 more than a window on its way, and at once where it is larger than the window.
 
+[Note: closed stages] One stage may need much more of the GPU than the others (a head whose logits are
+large); a window that has room beside it is too narrow for all others. So a plan may close windows
+during such stages: a value read after the end of one is not issued before that end.
+
 [Note: where activations move] A swapped activation leaves at the first place after its last reader, and
 is waited for at the last place before its first one, where cutting the stage costs nothing: right
 before or after an op that is a kernel of its own, not between ops that fuse, or at an end of the
@@ -23,6 +27,7 @@ stage. So fused code stays whole.
 
 from __future__ import annotations
 
+import bisect
 import enum
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -73,8 +78,13 @@ class WeightUse:
     refreshed: bool = False
 
 
-def weight_moves(uses: Sequence[WeightUse], window_bytes: int, *, backward: bool) -> list[Placed]:
-    """Fetch, wait and release of every bucket that a pass reads, resident ones too."""
+def weight_moves(
+    uses: Sequence[WeightUse], window_bytes: int, *, backward: bool, closed_ends: Sequence[int] = ()
+) -> list[Placed]:
+    """Fetch, wait and release of every bucket that a pass reads, resident ones too.
+
+    `closed_ends` are where closed stages end, ascending.
+    """
     placed, waits = [], []
     for use in uses:
         # Nothing to wait for, unless the forward must see the CPU's update: that wait may block the
@@ -84,16 +94,23 @@ def weight_moves(uses: Sequence[WeightUse], window_bytes: int, *, backward: bool
         # A resident bucket has no memory to give back: its stage is not cut for it.
         end = use.stage_end if use.resident else use.last + 1
         placed.append(Placed(end, Phase.ENDS, "release", use.bucket))
-    return placed + _arrivals("fetch", "wait", waits, window_bytes)
+    return placed + _arrivals("fetch", "wait", waits, window_bytes, closed_ends)
 
 
-def reload_moves(waits: Iterable[Use], window_bytes: int) -> list[Placed]:
-    """Reload and reload_wait of swapped activations, each waited for at its position."""
-    return _arrivals("reload", "reload_wait", waits, window_bytes)
+def reload_moves(
+    waits: Iterable[Use], window_bytes: int, closed_ends: Sequence[int] = ()
+) -> list[Placed]:
+    """Reload and reload_wait of swapped activations, each waited for at its position.
+
+    `closed_ends` are where closed stages end, ascending.
+    """
+    return _arrivals("reload", "reload_wait", waits, window_bytes, closed_ends)
 
 
-def _arrivals(issue: str, wait: str, waits: Iterable[Use], window_bytes: int) -> list[Placed]:
-    """Where each copy in is issued, and each wait; see [Note: windows]."""
+def _arrivals(
+    issue: str, wait: str, waits: Iterable[Use], window_bytes: int, closed_ends: Sequence[int]
+) -> list[Placed]:
+    """Where each copy in is issued, and each wait; see [Note: windows] and [Note: closed stages]."""
     ordered = sorted(waits)
     placed: list[Placed] = []
     follow: list[list[Use]] = [[] for _ in ordered]  # copies issued right after each wait
@@ -105,10 +122,12 @@ def _arrivals(issue: str, wait: str, waits: Iterable[Use], window_bytes: int) ->
             ahead -= ordered[first].nbytes
             first += 1
         # Everything in ordered[first:index + 1] may be on its way together.
+        opened = bisect.bisect_right(closed_ends, use.position)
+        not_before = closed_ends[opened - 1] if opened else 0
         if ahead > window_bytes:
             alone.add(index)
-        elif first == 0:
-            placed.append(Placed(0, Phase.AHEAD, issue, use.arg))
+        elif first == 0 or ordered[first - 1].position < not_before:
+            placed.append(Placed(not_before, Phase.AHEAD, issue, use.arg))
         else:
             follow[first - 1].append(use)
     for index, use in enumerate(ordered):

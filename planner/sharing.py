@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from lohan_fx.errors import LohanError
 from lohan_fx.planner.choice import excess_of
@@ -62,7 +63,8 @@ def _shared(
         if _staging(solution.windows) == staging:
             yield solution
             continue
-        windows = dataclasses.replace(solution.windows, **dict(zip(STAGING, staging, strict=True)))
+        changed_sizes: dict[str, Any] = dict(zip(STAGING, staging, strict=True))
+        windows = dataclasses.replace(solution.windows, **changed_sizes)
         where = solution.buckets, solution.activations, windows
         if any(excess_of(problem, estimate(problem, *where))[:3]):  # bytes; faster than a replay
             return

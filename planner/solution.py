@@ -27,6 +27,8 @@ class Windows:
       reload_window_bytes   activations on their way back whose stage has not begun
       grad_window_bytes     gradients not yet copied out
       An item larger than its window moves alone and is waited for at once.
+      closed                positions (see problem's glossary) of stages during which no weight and no
+                            activation is on its way to the GPU for a later stage
     DRAM:
       grad_buffers          gradients, then new weights, of that many CPU-updated buckets (where
                             gradients wait for step() there is one buffer per bucket instead)
@@ -43,6 +45,13 @@ class Windows:
     state_buffers: int = 0
     inbound_bytes: int = 0
     outbound_bytes: int = 0
+    closed: tuple[int, ...] = ()
+
+    def closed_stages(self, num_stages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(forward, backward) stages that are closed, of a step of so many."""
+        forward = tuple(at for at in self.closed if at < num_stages)
+        backward = tuple(2 * num_stages - 1 - at for at in self.closed if at >= num_stages)
+        return forward, backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,7 @@ class Solution:
         raw["predicted"]["lane_busy_s"] = dict(self.predicted.lane_busy_s)
         raw["predicted"]["stall_s"] = dict(self.predicted.stall_s)
         raw["predicted"]["peak_bytes"] = dict(self.predicted.peak_bytes)
+        raw["windows"]["closed"] = list(self.windows.closed)
         raw["buckets"] = [[str(b.weight), str(b.state)] for b in self.buckets]
         raw["activations"] = [str(place) for place in self.activations]
         raw["bucket_reasons"] = list(self.bucket_reasons)
@@ -123,7 +133,8 @@ class Solution:
                 )
             fields["buckets"] = tuple(BucketPlace(Place(w), Place(s)) for w, s in fields["buckets"])
             fields["activations"] = tuple(Place(place) for place in fields["activations"])
-            fields["windows"] = Windows(**fields["windows"])
+            windows = fields["windows"]
+            fields["windows"] = Windows(**{**windows, "closed": tuple(windows.get("closed", ()))})
             fields["predicted"] = Prediction(**fields["predicted"])
             if fields.get("optimality") is not None:
                 fields["optimality"] = Optimality(**fields["optimality"])

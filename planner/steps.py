@@ -92,7 +92,12 @@ def step_program(
         forward.add_forward(stage.index, readers, leaves.get(stage.index, ()))
     for stage in reversed(problem.stages):
         backward.add_backward(stage.index, redone[stage.index], returns.get(stage.index, ()))
-    fw_moves = weight_moves(forward.weights(), windows.fetch_window_bytes, backward=False)
+    fw_closed, bw_closed = windows.closed_stages(problem.num_stages)
+    fw_ends = sorted(forward.end_of[stage] for stage in fw_closed)
+    bw_ends = sorted(backward.end_of[stage] for stage in bw_closed)
+    fw_moves = weight_moves(
+        forward.weights(), windows.fetch_window_bytes, backward=False, closed_ends=fw_ends
+    )
     fw_moves += offload_moves(
         [
             Use(forward.position[at], a.index, a.bytes)
@@ -101,13 +106,16 @@ def step_program(
         len(forward.pieces),
         windows.offload_window_bytes,
     )
-    bw_moves = weight_moves(backward.weights(), windows.fetch_window_bytes, backward=True)
+    bw_moves = weight_moves(
+        backward.weights(), windows.fetch_window_bytes, backward=True, closed_ends=bw_ends
+    )
     bw_moves += reload_moves(
         [
             Use(backward.position[at], a.index, a.bytes)
             for a, at in zip(swapped, returning, strict=True)
         ],
         windows.reload_window_bytes,
+        bw_ends,
     )
     bw_moves += backward.gradients()
     fetched = [move.arg for move in in_program_order(fw_moves) if move.op == "fetch"]

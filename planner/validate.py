@@ -136,6 +136,9 @@ def _windows(problem: Problem, solution: Solution) -> list[str]:
                 f"{gathering} buckets gather gradients in stage {stage}, with "
                 f"{windows.grad_buffers} grad buffers"
             )
+    nowhere = [at for at in windows.closed if not 0 <= at < 2 * len(problem.stages)]
+    if nowhere:
+        found.append(f"windows are closed at {nowhere[0]}, which is no position of a stage")
     if any(_through_buffers(b, p) for b, p in updated) and windows.state_buffers < 2:
         found.append(f"{windows.state_buffers} state buffers; 2 are needed")
     slots = [
@@ -232,14 +235,15 @@ def _gpu(problem: Problem, solution: Solution) -> list[str]:
                 leaving += size * (forward and activation.last_forward_stage < stage)
                 arriving += size * (backward and first < stage)
         live += min(leaving, windows.offload_window_bytes)
-        live += min(arriving, windows.reload_window_bytes)
+        open_here = position not in windows.closed
+        live += min(arriving, windows.reload_window_bytes) * open_here
         ahead = 0
         for bucket in streamed:
             if forward and bucket.forward_stages:
                 ahead += _blocks(bucket.weight_bytes) * (bucket.forward_stages[0] > stage)
             if backward and bucket.backward_stages:
                 ahead += _blocks(bucket.weight_bytes) * (bucket.backward_stages[-1] < stage)
-        live += min(ahead, windows.fetch_window_bytes)
+        live += min(ahead, windows.fetch_window_bytes) * open_here
         if any_gpu_state and (position == 2 * num_stages if waits else backward):
             live += problem.gpu_adam_workspace_bytes
         worst = max(worst, live)

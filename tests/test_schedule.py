@@ -114,6 +114,27 @@ def test_what_comes_back_is_awaited_at_its_position() -> None:
     ]
 
 
+def test_nothing_is_issued_before_the_end_of_a_closed_stage_that_comes_before_its_use() -> None:
+    assert words(reload_moves(FOUR, 100, [2])) == [
+        "0 reload 0",
+        "0 reload 1",
+        "0 reload_wait 0",
+        "1 reload_wait 1",
+        "2 reload 2",
+        "2 reload 3",
+        "2 reload_wait 2",
+        "3 reload_wait 3",
+    ]
+    uses = [WeightUse(i, i, i, i + 1, 10) for i in range(3)]
+    assert [
+        w for w in words(weight_moves(uses, 10, backward=True, closed_ends=[1])) if "f" in w
+    ] == [
+        "0 fetch 0",
+        "1 fetch 1",
+        "1 fetch 2",
+    ]
+
+
 SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=12)
 
 
@@ -140,3 +161,24 @@ def test_a_wider_window_issues_nothing_later(sizes: list[int], one: int, other: 
     narrow, wide = (issued(uses, window) for window in sorted((one, other)))
     assert all(w <= n for w, n in zip(wide, narrow, strict=True))
     assert all(a <= b for a, b in itertools.pairwise(wide))
+
+
+@given(SIZES, st.integers(0, 60), st.lists(st.integers(1, 24), max_size=4).map(sorted))
+def test_closed_ends_delay_copies_up_to_them_and_no_further(
+    sizes: list[int], window: int, ends: list[int]
+) -> None:
+    uses = [Use(2 * index, index, size) for index, size in enumerate(sizes)]
+    issue = {m.arg: m for m in reload_moves(uses, window, ends) if m.op == "reload"}
+    for free in reload_moves(uses, window):
+        if free.op != "reload":
+            continue
+        use = uses[free.arg]
+        not_before = max((end for end in ends if end <= use.position), default=0)
+        assert issue[free.arg].position == max(free.position, not_before)
+    moves = in_program_order(reload_moves(uses, window, ends))
+    order = [m.arg for m in moves if m.op == "reload"]
+    assert order == sorted(order)  # copies of one stream are in the order of their uses
+    for arg in order:
+        assert moves.index(issue[arg]) < next(
+            at for at, m in enumerate(moves) if m.op == "reload_wait" and m.arg == arg
+        )

@@ -29,7 +29,9 @@ from lohan_fx.planner import (
     predict,
     simulate,
     solve,
+    validate,
 )
+from lohan_fx.planner.ledger import tight_positions
 
 G, D, S, R = Place.GPU, Place.DRAM, Place.SSD, Place.RECOMPUTE
 DRAM, SSD, ON_GPU = BucketPlace(D, D), BucketPlace(S, S), BucketPlace(G, G)
@@ -382,10 +384,14 @@ def test_a_step_is_no_shorter_than_its_busiest_lane(case: Placed, room: Room) ->
 
 
 @_ANY
-@given(placed(), st.sampled_from(Room))
-def test_memory_over_time_stays_below_the_peaks_of_the_cost_model(case: Placed, room: Room) -> None:
+@given(placed(), st.sampled_from(Room), st.sets(st.integers(0, 7)))
+def test_memory_over_time_stays_below_the_peaks_of_the_cost_model(
+    case: Placed, room: Room, closed: set[int]
+) -> None:
     question, buckets, acts = case
     windows = Ledger(question, buckets, acts).windows(room)
+    inside = tuple(sorted(at for at in closed if at < 2 * question.num_stages))
+    windows = dataclasses.replace(windows, closed=inside)
     peaks = estimate(question, buckets, acts, windows).peak_bytes
     memory = simulate(question, buckets, acts, windows).memory
     assert memory["gpu"].peak_bytes <= peaks["gpu"]
@@ -438,6 +444,44 @@ def test_wider_windows_make_a_deep_model_no_slower() -> None:
         for room in sorted(Room)
     ]
     assert steps[0] > steps[1] >= steps[2]
+
+
+def with_a_large_head(layers: int, **sizes: float) -> Problem:
+    """Layers that stream weights and swap activations, then a head that needs far more memory."""
+    question = problem(
+        layers + 1,
+        tuple(bucket(i, i) for i in range(layers + 1)),
+        tuple(activation(i, i, can_recompute=False) for i in range(layers)),
+        rates=lanes(h2d_bytes_per_s=4 * MIB, d2h_bytes_per_s=4 * MIB, cpu_adam_params_per_s=1e12),
+        **sizes,
+    )
+    head = dataclasses.replace(question.stages[-1], backward_workspace_bytes=10 * MIB)
+    return dataclasses.replace(question, stages=(*question.stages[:-1], head))
+
+
+def test_windows_close_beside_a_stage_that_fills_the_gpu_so_that_others_do_not_stall() -> None:
+    question = with_a_large_head(12, gpu=15, ssd=0)
+    assert tight_positions(question) == (13,)
+    best = solve(question)
+    assert best.windows.closed == (13,)
+    assert validate(question, best) == []
+    # The placement is the same without it, and nothing can move under compute.
+    ledger = Ledger(question, best.buckets, best.activations)
+    fit = [
+        room
+        for room in Room
+        if max(ledger.gpu_bytes(ledger.windows(room))) <= question.capacities.gpu_bytes
+    ]
+    assert fit == [Room.NONE, Room.AROUND]
+    still = predict(question, best.buckets, best.activations, ledger.windows(Room.NONE))
+    stalled = sum(still.stall_s.values())
+    assert stalled > 0.2 * still.step_s
+    assert sum(best.predicted.stall_s.values()) < 0.25 * stalled
+
+
+def test_no_stage_is_tight_where_all_are_alike_or_too_many_are() -> None:
+    assert tight_positions(deep(6)) == ()
+    assert tight_positions(with_a_large_head(2, gpu=15, ssd=0)) == ()  # 2 of 9 seconds
 
 
 def test_a_deep_model_is_replayed_with_a_peak_close_to_the_cost_models() -> None:

@@ -76,6 +76,9 @@ class Placing:
             place = self.kept[a.index % len(self.kept)]
             acts.append(place if place in activation_places(a) else G)
         windows = Ledger(problem, buckets, acts).windows(self.room)
+        if self.room is Room.AROUND:  # whatever stages are tight
+            closed = tuple(range(0, 2 * problem.num_stages, 3))
+            windows = dataclasses.replace(windows, closed=closed)
         predicted = predict(problem, buckets, acts, windows)
         self.problem = problem
         self.answer = Solution("placing", tuple(buckets), tuple(acts), windows, predicted)

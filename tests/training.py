@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -337,6 +338,9 @@ class RandomPolicy:
         activations = [draw.choice(activation_places(a)) for a in problem.activations]
         ledger = Ledger(problem, buckets, activations)
         windows = ledger.windows(draw.choice(list(Room)))
+        stages = range(2 * problem.num_stages)
+        closed = draw.sample(stages, draw.randrange(1 + len(stages) // 2))
+        windows = dataclasses.replace(windows, closed=tuple(sorted(closed)))
         return Solution(
             policy=f"random {self.seed}",
             buckets=tuple(buckets),

@@ -41,11 +41,16 @@ class Insertion:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Bytes that may be on their way at once, by kind of move; see schedule's [Note: windows]."""
+    """Bytes that may be on their way at once, by kind of move; see schedule's [Note: windows].
+
+    `closed_forward` and `closed_backward` are stages of a pass: see its [Note: closed stages].
+    """
 
     fetch_bytes: int
     reload_bytes: int
     offload_bytes: int
+    closed_forward: tuple[int, ...] = ()
+    closed_backward: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +116,25 @@ class Weaver:
             position += 1
         return position
 
+    def ends_of(self, stages: Iterable[int], *, backward: bool) -> list[int]:
+        """Where these stages end in a pass: at its first node of a stage that comes after."""
+        found = []
+        for closed in stages:
+            for position, node in enumerate(self.compute):
+                stage = node.meta.get("lohan_stage", closed)
+                if stage < closed if backward else stage > closed:
+                    found.append(position)
+                    break
+        return sorted(found)
+
     def parameters(
-        self, param_of: Mapping[fx.Node, int], layout: Layout, window: int, *, backward: bool
+        self,
+        param_of: Mapping[fx.Node, int],
+        layout: Layout,
+        window: int,
+        closed: Iterable[int],
+        *,
+        backward: bool,
     ) -> None:
         """Fetch, wait and release for every bucket that this graph reads."""
         place = layout.place_of()
@@ -147,6 +169,7 @@ class Weaver:
                 ],
                 window,
                 backward=backward,
+                closed_ends=self.ends_of(closed, backward=backward),
             )
         )
 
@@ -169,7 +192,9 @@ class Weaver:
             tensor = node_of[move.arg] if move.op == "offload" else None
             self.insertions.append(Insertion(move, tensor))
 
-    def reloads(self, slots: Sequence[tuple[Slot, fx.Node]], window: int) -> None:
+    def reloads(
+        self, slots: Sequence[tuple[Slot, fx.Node]], window: int, closed: Iterable[int]
+    ) -> None:
         """Bring swapped activations back by the last free cut before what reads them first.
 
         What backward computes again stands in its graph before its first reader, and reads there.
@@ -180,7 +205,8 @@ class Weaver:
             first = min(self.position[user] for user in placeholder.users if user.op != "output")
             at = cuts[bisect.bisect_right(cuts, first) - 1]
             waits.append(schedule.Use(at, slot.index, slot.nbytes))
-        self.insert(schedule.reload_moves(waits, window))
+        ends = self.ends_of(closed, backward=True)
+        self.insert(schedule.reload_moves(waits, window, ends))
 
     def gradients(self, gradient_of: Mapping[int, fx.Node]) -> None:
         """Hand every parameter's gradient over right after it is computed."""
@@ -357,10 +383,11 @@ def weave_training(
         slots.append((slot, node, placeholder))
 
     gradient_of = _gradients(backward.graph, param_index, trainable, param_names)
-    fw.parameters(fw_params, layout, windows.fetch_bytes, backward=False)
+    fw.parameters(fw_params, layout, windows.fetch_bytes, windows.closed_forward, backward=False)
     fw.offloads([(slot, node) for slot, node, _ in slots], windows.offload_bytes)
-    bw.parameters(bw_params, layout, windows.fetch_bytes, backward=True)
-    bw.reloads([(slot, node) for slot, _, node in slots], windows.reload_bytes)
+    closed = windows.closed_backward
+    bw.parameters(bw_params, layout, windows.fetch_bytes, closed, backward=True)
+    bw.reloads([(slot, node) for slot, _, node in slots], windows.reload_bytes, closed)
     bw.gradients(gradient_of)
 
     new_forward, forward_moves = fw.rebuild(
@@ -425,7 +452,8 @@ def weave_inference(
     params = managed_params(module.graph, param_index)
     results = list(_outputs(module.graph))
     _refuse_returned_params(module.graph, len(results), params, param_names)
-    weaver.parameters(params, layout, windows.fetch_bytes, backward=False)
+    closed = windows.closed_forward
+    weaver.parameters(params, layout, windows.fetch_bytes, closed, backward=False)
     graph, moves = weaver.rebuild(
         placeholders=module.graph.find_nodes(op="placeholder"),
         begin=("begin", index),
