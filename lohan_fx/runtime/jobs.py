@@ -40,6 +40,7 @@ class Job:
     weights: HostBytes | None = None  # where it puts new weights that are to be uploaded
     measured: tuple[ParamSpec, ...] = ()
     magnitudes: torch.Tensor | None = None  # [measured, 2] double: sum of squares, largest
+    ahead: bool = False  # whether it counts is not known yet: see speculation.py
 
     def results(self) -> dict[int, Magnitude]:
         """L2 norm and largest magnitude of each sum measured, by pid; when done."""

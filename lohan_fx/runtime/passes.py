@@ -195,7 +195,7 @@ class Passes:
         home = self._resources.store.homes[bucket]
         item = self._current().fetched[bucket]
         if item is None:
-            windows.updates.settle_on_device(bucket)
+            windows.updates.under_way.settle_on_device(bucket)
             return home.views()
         return param_views(home.bucket, home.dtype, windows.inbound.receive(item).bytes)
 

@@ -100,7 +100,7 @@ class Resources:
             TransferError: one failed.
         """
         if self.windows is not None:
-            self.windows.updates.drain()
+            self.windows.updates.under_way.drain()
             self.device.synchronize()
 
     def close(self) -> None:

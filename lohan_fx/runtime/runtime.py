@@ -252,7 +252,7 @@ class Runtime:
         self.passes.recover()
         self._resources.progress.check_whole()
         self.observer.stepped()
-        windows.updates.pump()
+        windows.updates.under_way.pump()
         windows.updates.step()
 
     def discard_gradients(self) -> None:

@@ -63,11 +63,8 @@ class Speculation:
             updated=tuple(each.spec for each in updated),
             weights=spare.weight.memory,
         )
+        job.ahead = True
         self._ahead[home.bucket.index] = (record, job)
-
-    def holds(self, job: Job) -> bool:
-        """Was it made ahead, and is not yet known to count?"""
-        return job.bucket in self._ahead and self._ahead[job.bucket][1] is job
 
     def decide(self, scale: Scale, groups: Sequence[AdamGroup]) -> None:
         """step() has decided to update with these; what was made with others is dropped."""
@@ -81,6 +78,7 @@ class Speculation:
         _, job = self._ahead.pop(record.bucket.index, (record, None))
         if job is not None:
             record.home.swap()
+            job.ahead = False
             self.made_ahead += 1
         return job
 

@@ -21,29 +21,29 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from lohan_fx.errors import LohanError, TrainingLoopError, TransferError
+from lohan_fx.errors import LohanError, TrainingLoopError
 from lohan_fx.planner import Overlap
-from lohan_fx.program import ParamSpec, Tier
+from lohan_fx.program import ParamSpec
 
 from .adam_gpu import Scale, Update, update_on_device
 from .buckets import BucketHome
 from .device import Arrival, Device
 from .gradients import GradBuffer, GradBuffers, GradPlan, GradWindow
-from .jobs import Job, JobQueue, Updated, runs, sum_job, update_job
+from .jobs import JobQueue, Updated, sum_job, update_job
 from .layout import dense
 from .memory import Pools
 from .norms import GradNorms, StepNorms, Wanted
 from .options import AdamGroup, HyperSource, Progress, RuntimeOptions
 from .records import Record, UpdateState
-from .resting import OnGpu, OnSsd
+from .resting import OnSsd
 from .speculation import Speculation
 from .store import BucketStore
 from .sums import add_on_device, adds_of, sum_of
+from .under_way import UnderWay
 from .waits import Waits
 
 
@@ -94,64 +94,12 @@ class Updates:
         self._buffers = GradBuffers(
             pools, by_cpu, None if self._overlap.waits_for_step else options.grad_buffers
         )
+        self.under_way = UnderWay(self._records, self._jobs, self._buffers, device, waits, progress)
         self._speculation = Speculation(self._jobs, device, waits)
         self._norms: GradNorms | None = None
         if self._overlap.waits_for_step:
             pids = [spec.pid for r in self._records.values() for spec in r.bucket.params]
             self._norms = GradNorms(pools, device, pids)
-
-    # What the rest of the runtime asks
-
-    def is_settled(self, bucket: int) -> bool:
-        """May the weights at rest be read by the host?
-
-        Raises:
-            TransferError: their update failed.
-        """
-        record = self._records.get(bucket)
-        if record is None or record.job is None:
-            return True
-        if not self._jobs.has_weights(record.job):
-            return False
-        self._progress_of(record.job)
-        return True
-
-    def settle(self, bucket: int) -> None:
-        """Block until they may.
-
-        Raises:
-            TransferError: the update failed or took too long; names the bucket.
-        """
-        record = self._records.get(bucket)
-        if record is not None and record.job is not None:
-            with self._waits.counted("adam", ("adam", bucket)):
-                self._wait_weights(record.job)
-            self._progress_of(record.job)
-
-    def settle_on_device(self, bucket: int) -> None:
-        """Let the compute stream wait for the newest weights of a GPU-resident bucket."""
-        self.settle(bucket)
-        record = self._records.get(bucket)
-        if record is not None and record.state is UpdateState.UPLOADING:
-            assert record.upload is not None
-            self._device.wait(record.upload)
-            record.upload = None
-            record.advance(UpdateState.IDLE)
-
-    def drain(self) -> None:
-        """Block until every update under way is complete, write-back and upload included."""
-        for job in self._jobs:
-            self._finish(job, "adam")
-        for index, record in self._records.items():
-            if record.upload is not None:
-                name = f"the upload of {record.bucket.name}"
-                self._waits.until("h2d", name, record.upload.is_complete, ("upload", index))
-                self.settle_on_device(index)
-
-    def pump(self) -> None:
-        """Upload what has been updated, free its buffers, report failures; never blocks."""
-        if self._jobs and self._jobs.any_progress():
-            self._progress_of_all()
 
     @property
     def accumulated(self) -> bool:
@@ -231,10 +179,10 @@ class Updates:
     def _gather(self, record: Record) -> None:
         """Get ready for gradients of a bucket, or for an update from its sums alone."""
         # An update that this step's forward did not read may still be under way.
-        self.settle_on_device(record.bucket.index)
+        self.under_way.settle_on_device(record.bucket.index)
         record.into_sums = self._accumulating or bool(record.home.accumulated)
         if record.home.updated_by_cpu:
-            record.buffer = self._acquire(record)
+            record.buffer = self.under_way.acquire(record)
         record.advance(UpdateState.GATHERING)
 
     def release(self, bucket: int, fetched: Arrival | None) -> None:
@@ -398,7 +346,7 @@ class Updates:
         self._start_all(dict.fromkeys([*order, *self._records]))
         self._scale = Scale()
         if self._overlap is Overlap.SERIAL:
-            self.drain()
+            self.under_way.drain()
 
     def _start_all(self, order: Iterable[int]) -> None:
         """Start what waits, GPU updates first; sums that got no gradient in the last backward, too."""
@@ -443,37 +391,6 @@ class Updates:
         """(bucket, lane, start, end) of finished work, seconds of CLOCK_MONOTONIC."""
         return self._jobs.take_trace()
 
-    # Buffers
-
-    def _acquire(self, record: Record) -> GradBuffer:
-        """A buffer nobody fills or works from; blocks for a job if there is none.
-
-        Raises:
-            LohanError: every buffer is being filled.
-            TransferError: a job failed, or none got anywhere for too long.
-        """
-        if self._overlap.waits_for_step and record.adding is not None:
-            self._finish(record.adding, "gradient buffer")
-        self.pump()
-        buffer = self._buffers.take(record.bucket.index)
-        while buffer is None:
-            holders = [job for job in self._jobs if job.buffer is not None]
-            if not holders:
-                raise LohanError(
-                    f"no gradient buffer for {record.bucket.name}: all {self._buffers.num_ring} are "
-                    "being filled; raise grad_buffers"
-                )
-            with self._waits.counted("gradient buffer", ("adam", holders[0].bucket)):
-                self._wait_any_weights(holders)
-            self._progress_of_all()
-            buffer = self._buffers.take(record.bucket.index)
-        return buffer
-
-    def _give_buffer(self, holder: Record | Job) -> None:
-        buffer, holder.buffer = holder.buffer, None
-        if buffer is not None:
-            self._buffers.give(buffer)
-
     def _copy_out(
         self, buffer: GradBuffer, home: BucketHome, spec: ParamSpec, flat_N: torch.Tensor
     ) -> Arrival:
@@ -516,7 +433,7 @@ class Updates:
         measured = {}
         for record in sums:
             if record.adding is not None:
-                self._finish(record.adding, "gradient norm")
+                self.under_way.finish(record.adding, "gradient norm")
             if record.home.updated_by_cpu:
                 for pid, known in record.home.accumulated.items():
                     if known is not None and self._hyper.group_of(pid) is not None:
@@ -616,9 +533,7 @@ class Updates:
             self._progress.steps[each.spec.pid] = each.step
         job = self._speculation.take(record)
         if job is not None:
-            self._follow(record, job)
-            if self._jobs.has_weights(job):
-                self._progress_of(job)
+            self.under_way.follow(record, job)
             return
         if not home.updated_by_cpu:
             self._update_on_gpu(record, updated)
@@ -626,7 +541,7 @@ class Updates:
             self._submit(record, updated)
             return
         else:
-            self._give_buffer(record)
+            self.under_way.give_buffer(record)
         home.accumulated.clear()
         record.advance(UpdateState.IDLE)
 
@@ -680,13 +595,7 @@ class Updates:
             weights=buffer.memory,
         )
         home.accumulated.clear()
-        self._follow(record, job)
-
-    def _follow(self, record: Record, job: Job) -> None:
-        """The job makes the bucket's new weights."""
-        record.job = job
-        record.advance(UpdateState.UPDATING)
-        record.buffer = None  # the job gives it back
+        self.under_way.follow(record, job)
 
     def _complete_weights(
         self,
@@ -710,93 +619,6 @@ class Updates:
             to = buffer.memory.bytes[start : start + spec.numel * size]
             record.home.weight.read(start, to)
 
-    @contextmanager
-    def _failing(self, job: Job) -> Iterator[None]:
-        """A transfer that fails within is a failure of the job."""
-        try:
-            yield
-        except TransferError as error:
-            self._fail(job, error)
-            raise
-
-    def _wait_weights(self, job: Job) -> None:
-        with self._failing(job):
-            self._jobs.wait_for_weights(job)
-
-    def _wait_any_weights(self, jobs: Sequence[Job]) -> None:
-        with self._failing(jobs[0]):
-            self._jobs.wait_for_any(jobs)
-
-    def _wait_done(self, job: Job) -> None:
-        with self._failing(job):
-            self._jobs.wait(job)
-
-    def _fail(self, job: Job, error: TransferError) -> None:
-        self._progress.torn = f"{error}; the weights are between two steps: load a checkpoint"
-        if not self._jobs.is_done(job):
-            return  # a deadline: the job may still touch its memory
-        self._jobs.forget(job)
-        self._give_buffer(job)
-        record = self._records[job.bucket]
-        if record.adding is job:
-            record.adding = None
-        if record.job is job:
-            record.job = None
-            record.advance(UpdateState.IDLE)
-
-    def _finish(self, job: Job, why: str) -> None:
-        with self._waits.counted(why, ("adam", job.bucket)):
-            self._wait_done(job)
-        self._progress_of(job)
-
-    def _progress_of_all(self) -> None:
-        for job in self._jobs:
-            if self._jobs.has_weights(job):
-                self._progress_of(job)
-
-    def _progress_of(self, job: Job) -> None:
-        """Do what a job with its weights ready allows: upload, free its buffer, forget it when done.
-
-        Raises:
-            TransferError: the job failed.
-        """
-        record = self._records[job.bucket]
-        if self._speculation.holds(job):
-            return
-        if self._jobs.is_done(job):
-            self._wait_done(job)  # raises what went wrong
-            self._jobs.forget(job)
-        if not job.updated:
-            if record.adding is job:
-                record.adding = None
-                for pid, magnitude in job.results().items():
-                    if pid in record.home.accumulated:
-                        record.home.accumulated[pid] = magnitude
-            self._give_buffer(job)
-        if record.job is job:
-            record.job = None
-            if record.home.weight_tier is Tier.GPU:
-                self._upload(job)
-            else:
-                record.advance(UpdateState.IDLE)
-            self._give_buffer(job)
-
-    def _upload(self, job: Job) -> None:
-        """Copy the new weights in. Only those that the job made: the rest of the buffer is stale."""
-        record, buffer = self._records[job.bucket], job.buffer
-        home = record.home
-        assert isinstance(home.weight, OnGpu) and buffer is not None and job.weights is not None
-        for start, stop in runs(home.bucket, job.updated):
-            cut = slice(start * home.dtype.itemsize, stop * home.dtype.itemsize)
-            record.upload = self._device.copy_in(
-                home.weight.memory.bytes[cut],
-                job.weights.bytes[cut],
-                (job.mark,),
-                ("upload", home.bucket.index),
-            )
-        buffer.busy = record.upload
-        record.advance(UpdateState.UPLOADING)
-
     def _drop_grads(self, record: Record) -> None:
         for grad in record.grads.values():
             self._pools.gpu.give(grad.numel() * grad.element_size())
@@ -806,5 +628,5 @@ class Updates:
         if record.state in (UpdateState.GATHERING, UpdateState.WAITING):
             self._drop_grads(record)
             # Copies out into it may be under way; later ones, and their readers, follow them.
-            self._give_buffer(record)
+            self.under_way.give_buffer(record)
             record.advance(UpdateState.IDLE)

@@ -88,7 +88,7 @@ class Windows:
 
     def pump(self) -> None:
         """Advance everything that can advance without blocking."""
-        self.updates.pump()
+        self.updates.under_way.pump()
         self.slots.pump()
         self.inbound.pump()
 
@@ -112,10 +112,10 @@ class _BucketSource:
         self.nbytes = home.bucket.weight_bytes
 
     def is_valid(self) -> bool:
-        return self._updates.is_settled(self._home.bucket.index)
+        return self._updates.under_way.is_settled(self._home.bucket.index)
 
     def make_valid(self) -> None:
-        self._updates.settle(self._home.bucket.index)
+        self._updates.under_way.settle(self._home.bucket.index)
 
     def host(self) -> torch.Tensor | None:
         weight = self._home.weight
