@@ -136,6 +136,7 @@ def _options(solution: Solution, problem: Problem, poison: bool) -> RuntimeOptio
         state_buffers=windows.state_buffers,
         inbound_bytes=windows.inbound_bytes,
         outbound_bytes=windows.outbound_bytes,
+        speculating=problem.speculating,
         accumulates=problem.accumulates,
         poison=poison,
     )
@@ -184,6 +185,7 @@ class Programs:
             and captured.complete
             and captured.solution.buckets == solution.buckets
             and captured.problem.overlap == problem.overlap
+            and captured.problem.speculating == problem.speculating
             and captured.problem.accumulates == problem.accumulates
         ]
         if not beside:

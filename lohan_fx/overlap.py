@@ -43,16 +43,14 @@ def _summing(mode: Overlap, accumulates: bool) -> Overlap:
     return Overlap.NEXT_FORWARD if accumulates and mode is Overlap.SPECULATIVE else mode
 
 
-def may_speculate(settings: Settings, before: Overlap | None) -> bool:
-    """Is a step that waits for step() to be planned with speculation too, to see which is faster?"""
+def may_speculate(settings: Settings, before: Overlap | None, *, training: bool) -> bool:
+    """Is it open which buckets of a step that waits for step() speculate, and with "auto" if any do?"""
     policy, waited = settings.policy, before is not None and before.waits_for_step
-    return (
-        settings.overlap == "auto"
-        and settings.plan is None
-        and isinstance(policy, str)
-        and default_overlap(policy) is None
-        and not waited
-    )
+    if settings.plan is not None or waited or not isinstance(policy, str):
+        return False
+    if settings.overlap == "auto":
+        return training and default_overlap(policy) is None
+    return settings.overlap == Overlap.SPECULATIVE
 
 
 def check_overlap(chosen: str, optimizer: Adam | None) -> None:

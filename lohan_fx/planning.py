@@ -98,6 +98,7 @@ def formulated(
     *,
     overlap: Overlap,
     accumulates: bool,
+    speculating: frozenset[int] | None,
 ) -> TracedStep:
     """The captured step as the planner sees it: no graph and no tensor is in it."""
     largest = max((bucket.numel for bucket in buckets if bucket.trainable), default=0)
@@ -112,6 +113,7 @@ def formulated(
         margin_bytes=_margin_bytes(settings),
         gpu_adam_workspace_bytes=workspace_bytes(largest, settings.device),
         accumulates=accumulates,
+        speculating=speculating,
         max_ssd_bytes_per_day=settings.max_writes_per_day,
     )
     return TracedStep(
@@ -129,19 +131,20 @@ def _margin_bytes(settings: Settings) -> int:
     return CUDA_MARGIN_BYTES + settings.capacities.gpu_bytes // CUDA_MARGIN_SHARE
 
 
-def replayed(step: TracedStep, plan: Plan, settings: Settings) -> Solution:
-    """The solution of a plan that was made before.
+def replayed(step: TracedStep, plan: Plan, settings: Settings) -> tuple[TracedStep, Solution]:
+    """The solution of a plan that was made before, and the step with the buckets that speculate by it.
 
     Raises:
         PlanMismatch: the plan is of another step, or needs a larger budget.
     """
     solution = plan.solution_for(step.problem)
+    step = step.of(replace(step.problem, speculating=plan.speculating))
     faults = validate(step.problem, solution)
     if faults:
         raise PlanMismatch(
             f"this plan cannot run within {settings.budget}: {faults[0]}; plan again for this budget"
         )
-    return solution
+    return step, solution
 
 
 def solution_of(
@@ -158,8 +161,8 @@ def solution_of(
     Args:
         training: False for a forward alone.
         stay: places of buckets that are kept if they can work; None where nothing is to stay.
-        may_speculate: a step that waits for step() may speculate, if that is faster. One that does is
-            planned without where it would not fit.
+        may_speculate: which buckets speculate is open; with overlap="auto" a step that waits for step()
+            speculates only if that is faster. One that does is planned without where it would not fit.
 
     Raises:
         InfeasiblePlan: nothing fits.

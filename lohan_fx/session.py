@@ -42,7 +42,7 @@ from .optim import Adam
 from .overlap import check_overlap, may_speculate, overlap_for
 from .params import ManagedParams
 from .phases import Phases
-from .planner import Overlap
+from .planner import Overlap, Problem
 from .planning import buckets_of, formulated, plan_of, replayed, seconds_of, solution_of
 from .program import Bucket
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
@@ -84,8 +84,8 @@ class Session:
         self.recorder: Recorder | None = None  # notes what steps do
         self.last_trace: Trace | None = None
         self._optimizer: weakref.ref[Adam] | None = None
-        # What training programs were planned for: the overlap mode, and whether to accumulate.
-        self._trained_by: tuple[Overlap, bool] | None = None
+        # What training programs were planned for: all that the next shape is to have in common with it.
+        self._trained_by: Problem | None = None
         self._no_sync = False  # inside of no_sync()
         self._accumulates = False  # since no_sync() was first used
         self._closed = False
@@ -130,8 +130,8 @@ class Session:
 
     def _forget_training_unless_planned(self) -> None:
         """Plan anew where what there is was not planned for accumulation, or to wait for step()."""
-        wanted = self._overlap(), self._accumulates
-        if self._trained_by is not None and self._trained_by != wanted:
+        wanted, known = (self._overlap(), self._accumulates), self._trained_by
+        if known is not None and (known.overlap, known.accumulates) != wanted:
             self._trained_by = None
             self.forwards.forget_training()
 
@@ -226,20 +226,21 @@ class Session:
             settings,
             overlap=overlap,
             accumulates=self._accumulates,
+            speculating=self._speculating,
         )
         if settings.trace_only:
             self.traced = step
             raise PlanReady("traced")
         if settings.plan is not None and not state.placed:
-            solution = replayed(step, settings.plan, settings)
+            step, solution = replayed(step, settings.plan, settings)
         else:
             stay = self.programs.places_to_keep(training=traced.training)
-            ahead = traced.training and may_speculate(settings, self._planned_for)
+            ahead = may_speculate(settings, self._planned_for, training=traced.training)
             step, solution = solution_of(
                 step, settings, training=traced.training, stay=stay, may_speculate=ahead
             )
         if traced.training:
-            self._trained_by = step.problem.overlap, self._accumulates
+            self._trained_by = step.problem
             solution = self.programs.share_staging(step.problem, solution)
         plan = plan_of(step, solution, settings, seconds.source)
         captured = Captured.of(traced, step.problem, solution, plan, poison=settings.poison)
@@ -359,7 +360,12 @@ class Session:
 
     @property
     def _planned_for(self) -> Overlap | None:
-        return None if self._trained_by is None else self._trained_by[0]
+        return None if self._trained_by is None else self._trained_by.overlap
+
+    @property
+    def _speculating(self) -> frozenset[int] | None:
+        """The buckets that may speculate, as decided for the first shape; None is all."""
+        return None if self._trained_by is None else self._trained_by.speculating
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

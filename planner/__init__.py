@@ -19,7 +19,7 @@ optimal   the program's plan or any policy's that is better, with a proved bound
 lohan     LoHan's own algorithm
 policies  what other systems do
 choice    which of two plans is better
-speculation  whether to update before step() decides
+speculation  whether, and for which buckets, to update before step() decides
 sharing   windows for steps that run in turns
 words     why items are where they are, or why nothing fits
 validate  a checker that shares no code with the ledger and the solvers

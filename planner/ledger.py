@@ -239,6 +239,7 @@ class Ledger:
             bucket.trainable,
             bool(bucket.forward_stages),
             bool(bucket.backward_stages),
+            self.problem.may_speculate(bucket.index),
             place,
         )
         if key not in self._known_traffic:
@@ -295,7 +296,7 @@ class Ledger:
         first, last = gradient_interval(bucket)
         self._open[last : first + 1] += sign
         if place.state is Place.DRAM:
-            spare = spare_bytes(problem.overlap, bucket, place)
+            spare = spare_bytes(problem, bucket, place)
             self._in_dram["optimizer"] += sign * (state_section_bytes(bucket) + spare)
         else:
             self._on_ssd["optimizer"] += sign * state_section_bytes(bucket)

@@ -207,7 +207,7 @@ def _bucket_bytes(
         dram += gradient if problem.overlap.waits_for_step else 0
         dram += accumulator_bytes(bucket) if problem.accumulates else 0
         dram += state_section_bytes(bucket) if place.state is D else 0
-        dram += spare_bytes(problem.overlap, bucket, place)
+        dram += spare_bytes(problem, bucket, place)
         ssd += state_section_bytes(bucket) if place.state is S else 0
     return (dram, ssd), passing
 

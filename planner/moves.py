@@ -97,7 +97,7 @@ def _grouped(problem: Problem, forced: Forced, width: float) -> list[Group]:
     by_key: dict[tuple[object, ...], list[int]] = {}
     for b in problem.buckets:
         if b.index not in forced.buckets:
-            by_key.setdefault(_bucket_key(b, width), []).append(b.index)
+            by_key.setdefault(_bucket_key(problem, b, width), []).append(b.index)
     for a in problem.activations:
         if a.index not in forced.activations:
             by_key.setdefault(_activation_key(problem, a, width), []).append(a.index)
@@ -108,7 +108,7 @@ def pinned_groups(problem: Problem, forced: Forced) -> list[tuple[Group, AnyPlac
     """Forced items in groups as of `group_items`, with the place of each."""
     by_key: dict[tuple[object, ...], list[int]] = {}
     for index, place in forced.buckets.items():
-        by_key.setdefault((*_bucket_key(problem.buckets[index]), place), []).append(index)
+        by_key.setdefault((*_bucket_key(problem, problem.buckets[index]), place), []).append(index)
     for index, kept in forced.activations.items():
         key = _activation_key(problem, problem.activations[index])
         by_key.setdefault((*key, kept), []).append(index)
@@ -119,10 +119,10 @@ def pinned_groups(problem: Problem, forced: Forced) -> list[tuple[Group, AnyPlac
     ]
 
 
-def _bucket_key(b: Bucket, width: float = 0.0) -> tuple[object, ...]:
+def _bucket_key(problem: Problem, b: Bucket, width: float = 0.0) -> tuple[object, ...]:
     reads = bool(b.forward_stages), bool(b.backward_stages)
     size = (_size_class(n, width) for n in (b.numel, b.weight_bytes, b.grad_bytes, b.state_bytes))
-    return (True, *size, b.has_master, b.trainable, *reads)
+    return (True, *size, b.has_master, b.trainable, problem.may_speculate(b.index), *reads)
 
 
 def _activation_key(problem: Problem, a: Activation, width: float = 0.0) -> tuple[object, ...]:
@@ -175,7 +175,7 @@ def item_bytes(
         found[place.state] += (
             state_section_bytes(item) if place.state is on_ssd else item.state_bytes
         )
-        found[Place.DRAM] += spare_bytes(problem.overlap, item, place)
+        found[Place.DRAM] += spare_bytes(problem, item, place)
     else:
         assert isinstance(place, Place)
         found[place] += item.bytes

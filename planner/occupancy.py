@@ -49,7 +49,7 @@ def dram_occupants(ledger: Ledger, windows: Windows) -> tuple[Occupant, ...]:
     """All that is in DRAM, which is allocated before the first step; largest first."""
     weights = states = spares = 0
     for bucket, place in zip(ledger.problem.buckets, ledger.buckets, strict=True):
-        spares += spare_bytes(ledger.problem.overlap, bucket, place)
+        spares += spare_bytes(ledger.problem, bucket, place)
         weights += bucket.weight_bytes if place.weight is Place.DRAM else 0
         states += bucket.state_bytes if place.state is Place.DRAM else 0
     activations = sum(

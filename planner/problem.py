@@ -148,19 +148,6 @@ class Bucket:
         return self.grad_stage is not None
 
 
-def speculates(overlap: Overlap, bucket: Bucket, place: BucketPlace) -> bool:
-    """True if a bucket's update is made before step() decides, into a second copy in DRAM.
-
-    Only what the CPU updates and nothing on SSD: a second copy there would double its writes.
-    """
-    return (
-        overlap is Overlap.SPECULATIVE
-        and bucket.trainable
-        and place.state is Place.DRAM
-        and place.weight is not Place.SSD
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Activation:
     """A value that forward makes and backward reads.
@@ -204,6 +191,7 @@ class Problem:
     With `max_ssd_bytes_per_day`, no plan writes more to SSD in a day of steps at its predicted pace.
     `accumulates`: every trainable bucket has an fp32 sum of gradients, on the GPU if its state is
     there, else in DRAM.
+    `speculating`: indices of the buckets that may speculate, in the mode that does; None is all.
     """
 
     capacities: Capacities
@@ -218,6 +206,7 @@ class Problem:
     overlap: Overlap = Overlap.BACKWARD
     max_ssd_bytes_per_day: int | None = None
     accumulates: bool = False
+    speculating: frozenset[int] | None = None
 
     def __post_init__(self) -> None:
         faults = _faults(self)
@@ -229,8 +218,16 @@ class Problem:
     def num_stages(self) -> int:
         return len(self.stages)
 
+    def may_speculate(self, bucket: int) -> bool:
+        """True if an update may be made before step() decides, should the bucket's place allow it."""
+        return self.overlap is Overlap.SPECULATIVE and (
+            self.speculating is None or bucket in self.speculating
+        )
+
     def to_json(self) -> str:
         raw: dict[str, Any] = {"schema": PROBLEM_SCHEMA, **dataclasses.asdict(self)}
+        if self.speculating is not None:
+            raw["speculating"] = sorted(self.speculating)
         return json.dumps(raw, sort_keys=True)
 
     @classmethod
@@ -249,6 +246,8 @@ class Problem:
             raw["buckets"] = tuple(Bucket(**_tuples(row)) for row in raw["buckets"])
             raw["activations"] = tuple(Activation(**_tuples(row)) for row in raw["activations"])
             raw["overlap"] = Overlap(raw["overlap"])
+            if raw.get("speculating") is not None:
+                raw["speculating"] = frozenset(raw["speculating"])
             return cls(**raw)
         except (AttributeError, KeyError, TypeError, ValueError) as exc:
             raise LohanError(f"this is not a problem as written by Problem.to_json: {exc}") from exc
@@ -279,6 +278,19 @@ class Problem:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def speculates(problem: Problem, bucket: Bucket, place: BucketPlace) -> bool:
+    """True if a bucket's update is made before step() decides, into a second copy in DRAM.
+
+    Only what the CPU updates and nothing on SSD: a second copy there would double its writes.
+    """
+    return (
+        problem.may_speculate(bucket.index)
+        and bucket.trainable
+        and place.state is Place.DRAM
+        and place.weight is not Place.SSD
+    )
+
+
 class NothingFits(InfeasiblePlan):
     """No solution of `problem` was found; `least_bytes` is the least each tier must hold."""
 
@@ -306,6 +318,9 @@ def _faults(problem: Problem) -> list[str]:
         )
     if problem.max_ssd_bytes_per_day is not None and problem.max_ssd_bytes_per_day < 0:
         found.append(f"its bound on SSD writes is negative: {problem.max_ssd_bytes_per_day}")
+    for index in problem.speculating or ():
+        if not 0 <= index < len(problem.buckets):
+            found.append(f"bucket {index} may speculate, of {len(problem.buckets)} in all")
     found += _misplaced("stage", problem.stages)
     found += _misplaced("bucket", problem.buckets)
     found += _misplaced("activation", problem.activations)

@@ -69,12 +69,12 @@ def weight_section_bytes(bucket: Bucket) -> int:
     return align_up(bucket.weight_bytes, PAGE)
 
 
-def spare_bytes(overlap: Overlap, bucket: Bucket, place: BucketPlace) -> int:
+def spare_bytes(problem: Problem, bucket: Bucket, place: BucketPlace) -> int:
     """Bytes of DRAM for the second copy of a bucket's weights and state; 0 unless it speculates.
 
     Weights that rest on the GPU have one too: the new ones wait there for step() and their upload.
     """
-    if not speculates(overlap, bucket, place):
+    if not speculates(problem, bucket, place):
         return 0
     return state_section_bytes(bucket) + weight_section_bytes(bucket)
 
@@ -109,7 +109,7 @@ def bucket_traffic(problem: Problem, bucket: Bucket, place: BucketPlace) -> Floa
     if not bucket.trainable:
         return total
     update = decided = amount[optimizer_phase(problem.overlap)]
-    if speculates(problem.overlap, bucket, place):
+    if speculates(problem, bucket, place):
         update = amount[BACKWARD]
     touched = update_bytes(problem, bucket)
     if place.state is Place.GPU:

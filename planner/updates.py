@@ -53,11 +53,11 @@ class _Record:
         "waiting",
     )
 
-    def __init__(self, overlap: Overlap, bucket: Bucket, place: BucketPlace) -> None:
+    def __init__(self, problem: Problem, bucket: Bucket, place: BucketPlace) -> None:
         self.bucket = bucket
         self.place = place
         self.by_cpu = place.state is not Place.GPU
-        self.speculates = speculates(overlap, bucket, place)
+        self.speculates = speculates(problem, bucket, place)
         self.arrived = False
         self.released = True
         self.waiting = False  # gradients are held and the update has not begun
@@ -92,9 +92,7 @@ class Updates:
         self._released_late = released_late
         self._host_passes = host_passes
         self._records = {
-            b.index: _Record(self._overlap, b, places[b.index])
-            for b in problem.buckets
-            if b.trainable
+            b.index: _Record(problem, b, places[b.index]) for b in problem.buckets if b.trainable
         }
         by_cpu = [r for r in self._records.values() if r.by_cpu]
         waits = self._overlap.waits_for_step

@@ -280,7 +280,8 @@ def _dram(problem: Problem, solution: Solution) -> list[str]:
     if problem.overlap == Overlap.SPECULATIVE:
         # New values are written beside the old ones where an update touches no SSD.
         for bucket, place in updated:
-            if Place.SSD not in (place.weight, place.state):
+            chosen = problem.speculating is None or bucket.index in problem.speculating
+            if chosen and Place.SSD not in (place.weight, place.state):
                 used += _pages(bucket.weight_bytes) + _state_sections(bucket)
     gradients = [_pages(b.grad_bytes) for b, _ in updated]
     if problem.overlap in _WAITING:

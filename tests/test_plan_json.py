@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,18 @@ def test_a_plan_reads_back_as_it_was_written() -> None:
     plan = made()
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(plan.to_json(indent=2)).to_json() == plan.to_json()
+
+
+def test_a_plan_says_which_buckets_may_speculate() -> None:
+    plan = dataclasses.replace(made(), overlap="speculative", speculating=frozenset({1, 0}))
+    raw = json.loads(plan.to_json())
+    assert raw["speculating"] == [0, 1]
+    assert Plan.from_json(plan.to_json()) == plan
+    del raw["speculating"]  # all may, as by plans from before there was a choice
+    assert Plan.from_json(json.dumps(raw)) == dataclasses.replace(plan, speculating=None)
+    for wrong in ([-1], "all", None):
+        with pytest.raises(LohanError, match="speculating"):
+            Plan.from_json(json.dumps(raw | {"speculating": wrong}))
 
 
 def test_a_plan_has_every_key_of_the_contract() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import MIB, activation, bucket, deep, lanes, problem, problems
 
 from lohan_fx.errors import InfeasiblePlan, LohanError
@@ -28,6 +30,9 @@ from lohan_fx.planner import (
     validate,
     with_speculation,
 )
+from lohan_fx.planner.moves import group_items
+from lohan_fx.planner.solution import Forced
+from lohan_fx.planner.speculation import evenly_spread
 
 G, D, S = Place.GPU, Place.DRAM, Place.SSD
 NEXT, SPECULATIVE = Overlap.NEXT_FORWARD, Overlap.SPECULATIVE
@@ -164,6 +169,75 @@ def test_the_checker_misses_second_copies_that_are_not_counted() -> None:
     assert any("the dram peak is" in line for line in found), found
 
 
+# ---- some buckets only ----
+
+
+def test_only_buckets_that_may_speculate_have_second_copies_and_early_updates() -> None:
+    question = dataclasses.replace(layers(3, SPECULATIVE), speculating=frozenset({2}))
+    waiting = layers(3, NEXT)
+    more = dram_bytes(question, BucketPlace(D, D)) - dram_bytes(waiting, BucketPlace(D, D))
+    assert more == SPARE
+    found = simulate(question, [BucketPlace(D, D)] * 3, [], WIDE)
+    # The forward waits for layer 0's update, and that of layer 1 is made meanwhile. The backward begins
+    # at 4 s, and the gradient of layer 2 is there 2 s later.
+    assert spans(found, "adam") == [(0, 0, 1), (1, 1, 2), (2, 6, 7)]
+    in_vain = dataclasses.replace(waiting, speculating=frozenset({2}))
+    assert simulate(in_vain, [BucketPlace(D, D)] * 3, [], WIDE) == simulate(
+        waiting, [BucketPlace(D, D)] * 3, [], WIDE
+    )
+
+
+def test_the_estimate_has_updates_that_wait_in_the_forward_alone() -> None:
+    rates = dataclasses.replace(QUICK_LINK, cpu_adam_params_per_s=MIB / 10)
+    question = dataclasses.replace(layers(3, SPECULATIVE, rates=rates), speculating=frozenset({1}))
+    windows = Ledger(question, [BucketPlace(D, D)] * 3, []).windows(Room.ITEM)
+    found = estimate(question, [BucketPlace(D, D)] * 3, [], windows)
+    # Of 30 s of Adam, 20 cannot start before the forward; of the others, 6 are under the backward.
+    assert (found.forward_s, found.backward_s) == pytest.approx((24, 6))
+    all_of_them = dataclasses.replace(rates, cpu_adam_params_per_s=MIB / 2)
+    question = dataclasses.replace(question, lanes=all_of_them)
+    found = estimate(question, [BucketPlace(D, D)] * 3, [], windows)
+    assert (found.forward_s, found.backward_s) == pytest.approx((4, 6))
+
+
+def test_buckets_that_may_speculate_are_not_alike_with_those_that_may_not() -> None:
+    question = dataclasses.replace(layers(4, SPECULATIVE), speculating=frozenset({1, 3}))
+    assert sorted(group.members for group in group_items(question, Forced())) == [(0, 2), (1, 3)]
+    waiting = with_overlap(question, NEXT)
+    assert [group.members for group in group_items(waiting, Forced())] == [(0, 1, 2, 3)]
+
+
+def test_the_checker_counts_the_second_copies_of_those_that_may_speculate() -> None:
+    some = dataclasses.replace(layers(3, SPECULATIVE, gpu=8), speculating=frozenset({0, 1}))
+    answer = solve(some, "greedy")
+    assert validate(some, answer) == []
+    found = validate(dataclasses.replace(some, speculating=None), answer)
+    assert any("the dram peak is" in line for line in found), found
+
+
+def test_which_buckets_may_speculate_is_written_down_with_the_problem() -> None:
+    question = dataclasses.replace(layers(3, SPECULATIVE), speculating=frozenset({2, 0}))
+    raw = json.loads(question.to_json())
+    assert raw["speculating"] == [0, 2]
+    assert Problem.from_json(question.to_json()) == question
+    del raw["speculating"]  # as written before there was a choice
+    assert Problem.from_json(json.dumps(raw)) == layers(3, SPECULATIVE)
+    with pytest.raises(LohanError, match="bucket 3 may speculate, of 3 in all"):
+        dataclasses.replace(question, speculating=frozenset({3}))
+
+
+def test_a_share_of_the_parameters_is_spread_over_the_model() -> None:
+    question = layers(8, SPECULATIVE)
+    assert evenly_spread(question, 0.5) == {0, 2, 4, 6}
+    assert evenly_spread(question, 0.25) == {1, 5}
+    assert evenly_spread(question, 1.0) == set(range(8))
+    frozen = dataclasses.replace(bucket(3, 3), grad_stage=None, grad_bytes=0, state_bytes=0)
+    some = dataclasses.replace(
+        question, buckets=(*question.buckets[:3], frozen, *question.buckets[4:])
+    )
+    assert evenly_spread(some, 1.0) == set(range(8)) - {3}
+
+
 # ---- the choice ----
 
 
@@ -219,6 +293,37 @@ def test_with_too_little_dram_updates_wait_for_step() -> None:
         solve(with_overlap(tight, SPECULATIVE))
 
 
+@pytest.mark.parametrize(
+    ("dram", "speculating", "step_s"),
+    # Six layers take 96 MiB at most without second copies and 180 with all, of which one may be on the GPU.
+    [(120, {1, 5}, 22), (140, {0, 2, 4}, 21), (160, {0, 1, 3, 4, 5}, 20), (200, None, 20)],
+)
+def test_as_many_speculate_as_dram_has_room_for(
+    dram: int, speculating: set[int] | None, step_s: int
+) -> None:
+    asked: list[Problem] = []
+
+    def counted(each: Problem) -> Solution:
+        asked.append(each)
+        return solve(each)
+
+    question, answer = with_speculation(slow_adam(ssd=0, dram=dram), counted)
+    assert question.overlap is SPECULATIVE
+    assert question.speculating == speculating
+    assert validate(question, answer) == []
+    assert answer.predicted.step_s == pytest.approx(step_s, rel=1e-6)
+    assert answer.predicted.peak_bytes["dram"] <= dram * MIB
+    assert len(asked) <= 4
+    # Where speculation is asked for, it is the same for the same buckets.
+    insisted = with_speculation(with_overlap(slow_adam(ssd=0, dram=dram), SPECULATIVE), solve)
+    assert insisted == (question, answer)
+
+
+def test_speculation_that_is_asked_for_and_fits_nothing_says_so() -> None:
+    with pytest.raises(InfeasiblePlan):
+        with_speculation(with_overlap(slow_adam(ssd=0, dram=90), SPECULATIVE), solve)
+
+
 def test_what_nobody_waits_for_is_not_made_twice() -> None:
     # Updates take next to nothing: a step with speculation is no shorter, and takes more DRAM.
     question = layers(3, NEXT, gpu=8, rates=lanes(cpu_adam_params_per_s=1e15))
@@ -249,9 +354,14 @@ def test_a_problem_that_fits_nothing_says_so() -> None:
 
 
 @settings(max_examples=50, deadline=None)
-@given(problems())
-def test_any_answer_is_sound_and_the_choice_no_slower(question: Problem) -> None:
+@given(problems(), st.data())
+def test_any_answer_is_sound_and_the_choice_no_slower(
+    question: Problem, data: st.DataObject
+) -> None:
     waiting, speculating = (with_overlap(question, mode) for mode in (NEXT, SPECULATIVE))
+    if question.buckets and data.draw(st.booleans()):
+        some = data.draw(st.frozensets(st.integers(0, len(question.buckets) - 1)))
+        speculating = dataclasses.replace(speculating, speculating=some)
     for policy in SOLVERS:
         try:
             answer = solve(speculating, policy)

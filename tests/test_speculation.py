@@ -233,6 +233,39 @@ def test_second_copies_count_against_the_budget_for_dram(tmp_path: Path) -> None
         )
 
 
+def test_only_the_buckets_that_are_named_have_second_copies(tmp_path: Path) -> None:
+    hyper = Hyper(max_grad_norm=1e9)
+    buckets, placements = make_buckets(4, "bfloat16"), [place(D, D)] * 4
+    copies, held = {}, {}
+    for only in (frozenset({1, 2}), frozenset({2, 3}), frozenset[int](), None):
+        runtime = make_runtime(
+            tmp_path,
+            buckets,
+            placements,
+            [make_program(buckets)],
+            hyper=hyper,
+            overlap="speculative",
+            speculating=only,
+        )
+        driver, reference = Driver(runtime, buckets), Reference(buckets, hyper)
+        for _ in range(2):
+            train(runtime, driver)
+            reference.step()
+        copies[only] = runtime.stats().updates["made_ahead"]
+        held[only] = runtime.stats().current_bytes["dram"]
+        reference.check(runtime)
+        # Others come and go as the windows change.
+        runtime.place(placements, replace(runtime._resources.options, speculating=frozenset({0})))
+        train(runtime, driver)
+        reference.step()
+        reference.check(runtime)
+        assert runtime.stats().updates["made_ahead"] == 1
+        runtime.close()
+    assert list(copies.values()) == [4, 4, 0, 8]
+    none, everything = held[frozenset()], held[None]
+    assert none < held[frozenset({1, 2})] < held[frozenset({2, 3})] < everything
+
+
 def test_an_update_that_fails_on_ssd_is_told_apart_from_those_made_ahead(tmp_path: Path) -> None:
     """What waits for step() fails after it; values made ahead count then, so the weights are torn."""
     buckets = make_buckets(2, "bfloat16")
@@ -260,6 +293,8 @@ def test_an_update_that_fails_on_ssd_is_told_apart_from_those_made_ahead(tmp_pat
 SLOW_ADAM = replace(Hardware.preset("lohan-rtx4090"), cpu_adam_params_per_s=1e8)
 # The optimizer states are the CPU's, with room for second copies or without.
 WIDE, NARROW = "gpu=180kB, dram=2MB", "gpu=180kB, dram=600kB"
+# There is room for the second copies of some.
+BETWEEN = "gpu=180kB, dram=900kB"
 
 
 def train_clipped(model: Any, seeds: Iterable[int], **options: Any) -> tuple[list[float], Any]:
@@ -328,3 +363,56 @@ def test_a_plan_that_speculates_is_replayed(tmp_path: Path) -> None:
     assert train_clipped(again, range(3))[0] == losses
     assert modes_of(again) == ["speculative"]
     again.close()
+
+
+def test_with_room_for_some_second_copies_some_buckets_speculate(tmp_path: Path) -> None:
+    ours = compiled(Tiny(), tmp_path, BETWEEN, hardware=SLOW_ADAM)
+    losses, optimizer = train_clipped(ours, range(3))
+    captured = ours._lohan.captured[0]
+    some = captured.options.speculating
+    assert captured.options.overlap == "speculative"
+    assert some is not None and 0 < len(some) < len(captured.problem.buckets)
+    spares = {
+        h.bucket.index for h in ours._lohan.runtime._resources.store.homes.values() if h.spare
+    }
+    assert spares and spares <= some
+    stats = ours._lohan.stats()
+    assert stats.updates["made_ahead"] == 3 * len(spares)
+    assert stats.peak_bytes["dram"] <= 900_000
+    theirs = compiled(Tiny(), tmp_path, BETWEEN, overlap="next-forward", hardware=SLOW_ADAM)
+    assert train_clipped(theirs, range(3))[0] == losses
+    assert_same(ours, theirs, exact=True)
+    assert ours.plan.predicted.step_s < theirs.plan.predicted.step_s
+    theirs.close()
+    # Another shape goes on with the same buckets.
+    for length in (7, 12, 7):
+        step(ours, optimizer, tokens(1, length=length))
+    assert [c.options.speculating for c in ours._lohan.captured] == [some, some]
+    assert modes_of(ours) == ["speculative", "speculative"]
+    ours.close()
+
+
+def test_a_plan_by_which_some_buckets_speculate_is_replayed(tmp_path: Path) -> None:
+    first = compiled(Tiny(), tmp_path, BETWEEN, hardware=SLOW_ADAM)
+    losses, _ = train_clipped(first, range(3))
+    (tmp_path / "plan.json").write_text(first.plan.to_json())
+    some, ahead = first.plan.speculating, first._lohan.stats().updates["made_ahead"]
+    first.close()
+    assert some
+    again = compiled(
+        Tiny(), tmp_path, BETWEEN, plan=str(tmp_path / "plan.json"), hardware=SLOW_ADAM
+    )
+    assert train_clipped(again, range(3))[0] == losses
+    assert again._lohan.captured[0].options.speculating == again.plan.speculating == some
+    assert again._lohan.stats().updates["made_ahead"] == ahead
+    again.close()
+
+
+def test_speculation_that_is_asked_for_is_planned_for_as_many_as_there_is_room_for(
+    tmp_path: Path,
+) -> None:
+    ours = compiled(Tiny(), tmp_path, BETWEEN, overlap="speculative", hardware=SLOW_ADAM)
+    train_clipped(ours, range(1))
+    assert modes_of(ours) == ["speculative"]
+    assert ours.plan.speculating
+    ours.close()

@@ -45,6 +45,7 @@ def formulate_training(
     margin_bytes: int,
     gpu_adam_workspace_bytes: int = 0,
     accumulates: bool = False,
+    speculating: frozenset[int] | None = None,
     max_ssd_bytes_per_day: int | None = None,
 ) -> Problem:
     """The Problem of one training step.
@@ -55,6 +56,7 @@ def formulate_training(
         max_ssd_bytes_per_day, gpu_adam_workspace_bytes: see `Problem`.
         margin_bytes: GPU bytes to leave to the allocator and to libraries' workspaces.
         accumulates: gradients of several backwards are added up before an update.
+        speculating: the buckets that may speculate, by index; None is all.
     """
     graph = joint.graph
     backward = backward_nodes(graph)
@@ -110,6 +112,7 @@ def formulate_training(
         gpu_adam_workspace_bytes=gpu_adam_workspace_bytes,
         overlap=overlap,
         accumulates=accumulates,
+        speculating=speculating,
         max_ssd_bytes_per_day=max_ssd_bytes_per_day,
     )
 

@@ -129,7 +129,8 @@ class Plan:
     say why then, and what limits the step otherwise. `fingerprint` and `graph` name the graph that
     the plan was made for. `seconds_from` says whether the seconds of stages come from
     a "roofline" or were "measured"; `timeline` is the simulated step. `measured` mirrors `predicted`
-    after a run, as plain JSON.
+    after a run, as plain JSON. `speculating` are the buckets that may speculate, in the overlap mode that
+    does; None is all.
     """
 
     schema: int
@@ -148,6 +149,7 @@ class Plan:
     fingerprint: str
     graph: GraphSummary
     overlap: str = "backward"
+    speculating: frozenset[int] | None = None
     traced_on: str = "cpu"
     seconds_from: str = "roofline"
     timeline: Timeline | None = None
@@ -184,6 +186,8 @@ class Plan:
             "fingerprint": self.fingerprint,
             "graph": self.graph.to_dict(),
         }
+        if self.speculating is not None:
+            raw["speculating"] = sorted(self.speculating)
         if self.measured is not None:
             raw["measured"] = dict(self.measured)
         return raw
@@ -223,6 +227,7 @@ class Plan:
             budget=PlanBudget(**raw["budget"]),
             policy=raw["policy"],
             overlap=raw["overlap"],
+            speculating=frozenset(raw["speculating"]) if "speculating" in raw else None,
             traced_on=raw["traced_on"],
             seconds_from=raw["seconds_from"],
             timeline=timeline,
@@ -330,6 +335,7 @@ def build_plan(
         budget=_budget(problem, budget),
         policy=policy,
         overlap=str(problem.overlap),
+        speculating=problem.speculating,
         traced_on=traced_on,
         fits=True,
         reasons=_summary(solution),
@@ -367,6 +373,7 @@ def build_unfit_plan(
         budget=_budget(problem, budget),
         policy=policy,
         overlap=str(problem.overlap),
+        speculating=problem.speculating,
         traced_on=traced_on,
         fits=False,
         reasons=(reason,),

@@ -22,6 +22,8 @@ class RuntimeOptions:
         state_buffers: host buffers through which optimizer state on SSD passes.
         inbound_bytes: pinned staging for everything on its way from SSD to GPU.
         outbound_bytes: pinned staging for activations on their way from GPU to SSD.
+        speculating: indices of the buckets that may have a second copy, with overlap="speculative"; None
+            is all.
         num_adam_threads: 0 lets the optimizer choose.
         accumulates: keep an fp32 sum of gradients for every trainable bucket, next to its state: on
             the GPU, or in DRAM where the CPU updates it.
@@ -35,6 +37,7 @@ class RuntimeOptions:
     state_buffers: int = 3
     inbound_bytes: int = 0
     outbound_bytes: int = 0
+    speculating: frozenset[int] | None = None
     num_adam_threads: int = 0
     accumulates: bool = False
     deadline_s: float = 600.0

@@ -45,6 +45,11 @@ class Resources:
         self.overlap = Overlap(options.overlap)
         self.waits.deadline_s = options.deadline_s
 
+    @property
+    def speculating(self) -> frozenset[int] | None:
+        """Indices of the buckets that may have a second copy; None is all."""
+        return self.options.speculating if self.overlap is Overlap.SPECULATIVE else frozenset()
+
     def open_windows(self) -> None:
         """Raises LohanError where a budget is exceeded; then nothing of them is held."""
         before = self.pools.host_addresses()

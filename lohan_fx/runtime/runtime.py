@@ -36,7 +36,6 @@ import torch
 from lohan_fx import native
 from lohan_fx.errors import LohanError, PlanMismatch, TrainingLoopError
 from lohan_fx.piecewise import Value
-from lohan_fx.planner import Overlap
 from lohan_fx.program import Bucket, BucketPlacement
 
 from .device import open_device
@@ -137,7 +136,7 @@ class Runtime:
             resources.store.adopt(buckets, values, placements, moments or {}, progress)
             try:
                 resources.store.accumulate(resources.options.accumulates)
-                resources.store.keep_spares(resources.overlap is Overlap.SPECULATIVE)
+                resources.store.keep_spares(resources.speculating)
                 self._open_windows()
             except BaseException:
                 resources.store.give_back(values)
@@ -177,12 +176,10 @@ class Runtime:
                 store = resources.store
                 if not options.accumulates:
                     store.accumulate(False)
-                speculates = resources.overlap is Overlap.SPECULATIVE
-                if not speculates:
-                    store.keep_spares(False)
+                store.drop_spares_but(resources.speculating)
                 store.migrate(dict(zip(store.homes, placements, strict=True)))
                 store.accumulate(options.accumulates)
-                store.keep_spares(speculates)
+                store.keep_spares(resources.speculating)
             finally:
                 self._open_windows()
 

@@ -117,14 +117,24 @@ class BucketStore:
         for home in self.homes.values():
             home.accumulate(on)
 
-    def keep_spares(self, on: bool) -> None:
-        """Give every bucket that may speculate a second copy, or none to any.
+    def drop_spares_but(self, only: frozenset[int] | None) -> None:
+        """Take the second copies of all buckets but those with these indices; None stands for all."""
+        for index, home in self.homes.items():
+            if only is not None and index not in only:
+                home.keep_spare(False)
+
+    def keep_spares(self, only: frozenset[int] | None) -> None:
+        """Give the buckets with these indices a second copy where they may speculate, and no others.
+
+        None stands for all buckets.
 
         Raises:
             LohanError: a budget is exceeded; says by which bucket's.
         """
-        for home in self.homes.values():
-            home.keep_spare(on)
+        self.drop_spares_but(only)
+        for index, home in self.homes.items():
+            if only is None or index in only:
+                home.keep_spare(True)
 
     def _tiers(self, index: int) -> tuple[Tier, Tier | None]:
         home = self.homes[index]
