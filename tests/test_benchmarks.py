@@ -101,7 +101,8 @@ def test_peers_train_the_same_model_to_the_same_losses(
     assert line["losses"] == pytest.approx(ours[0]["losses"], abs=2e-3)
     assert line["params"] == ours[0]["params"]
     assert ours[0].keys() - line.keys() == {
-        *("setup_s", "predicted", "bound_ratio", "stall_s", "moved_gb_per_step", "trace")
+        *("setup_s", "predicted", "bound_ratio", "stall_s", "moved_gb_per_step", "trace"),
+        *("grad_norm", "updates"),
     }
 
 
