@@ -20,3 +20,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOHAN_FX_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(params=["at once", "late"])
+def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the CPU device happen at once, or as late as they may."""
+    if request.param == "late":
+        from late_device import LateDevice  # not before the threads above are settled
+
+        monkeypatch.setattr("lohan_fx.runtime.runtime.open_device", lambda device: LateDevice())

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from late_device import LateDevice
 from toy import (
     GROUP,
     PLACES,
@@ -27,13 +26,6 @@ from toy import (
 from lohan_fx.runtime import AdamGroup
 
 MODES = ["backward", "next-forward", "speculative", "serial", "naive"]
-
-
-@pytest.fixture(params=["at once", "late"])
-def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of the CPU device happen at once, or as late as they may."""
-    if request.param == "late":
-        monkeypatch.setattr("lohan_fx.runtime.runtime.open_device", lambda device: LateDevice())
 
 
 @pytest.mark.usefixtures("copies")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from late_device import LateDevice
 from loops import Tiny, assert_same, compiled, step, steps, tokens
 from toy import (
     GROUP,
@@ -32,13 +31,6 @@ import lohan_fx
 from lohan_fx.errors import LohanError, TransferError
 from lohan_fx.hardware import Hardware
 from lohan_fx.runtime import AdamGroup, Runtime
-
-
-@pytest.fixture(params=["at once", "late"])
-def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies of the CPU device happen at once, or as late as they may."""
-    if request.param == "late":
-        monkeypatch.setattr("lohan_fx.runtime.runtime.open_device", lambda device: LateDevice())
 
 
 def start(
@@ -354,14 +346,19 @@ def test_shapes_in_turns_and_sums_of_gradients_go_on_from_speculation(tmp_path: 
     theirs.close()
 
 
-def test_a_plan_that_speculates_is_replayed(tmp_path: Path) -> None:
-    first = compiled(Tiny(), tmp_path, WIDE, hardware=SLOW_ADAM)
+@pytest.mark.parametrize("budget", [WIDE, BETWEEN], ids=["all buckets", "some"])
+def test_a_plan_that_speculates_is_replayed(budget: str, tmp_path: Path) -> None:
+    first = compiled(Tiny(), tmp_path, budget, hardware=SLOW_ADAM)
     losses, _ = train_clipped(first, range(3))
     (tmp_path / "plan.json").write_text(first.plan.to_json())
+    some, ahead = first.plan.speculating, first._lohan.stats().updates["made_ahead"]
     first.close()
-    again = compiled(Tiny(), tmp_path, WIDE, plan=str(tmp_path / "plan.json"), hardware=SLOW_ADAM)
+    assert (some is None) == (budget == WIDE) and (some is None or some)
+    again = compiled(Tiny(), tmp_path, budget, plan=str(tmp_path / "plan.json"), hardware=SLOW_ADAM)
     assert train_clipped(again, range(3))[0] == losses
     assert modes_of(again) == ["speculative"]
+    assert again._lohan.captured[0].options.speculating == again.plan.speculating == some
+    assert again._lohan.stats().updates["made_ahead"] == ahead > 0
     again.close()
 
 
@@ -390,22 +387,6 @@ def test_with_room_for_some_second_copies_some_buckets_speculate(tmp_path: Path)
     assert [c.options.speculating for c in ours._lohan.captured] == [some, some]
     assert modes_of(ours) == ["speculative", "speculative"]
     ours.close()
-
-
-def test_a_plan_by_which_some_buckets_speculate_is_replayed(tmp_path: Path) -> None:
-    first = compiled(Tiny(), tmp_path, BETWEEN, hardware=SLOW_ADAM)
-    losses, _ = train_clipped(first, range(3))
-    (tmp_path / "plan.json").write_text(first.plan.to_json())
-    some, ahead = first.plan.speculating, first._lohan.stats().updates["made_ahead"]
-    first.close()
-    assert some
-    again = compiled(
-        Tiny(), tmp_path, BETWEEN, plan=str(tmp_path / "plan.json"), hardware=SLOW_ADAM
-    )
-    assert train_clipped(again, range(3))[0] == losses
-    assert again._lohan.captured[0].options.speculating == again.plan.speculating == some
-    assert again._lohan.stats().updates["made_ahead"] == ahead
-    again.close()
 
 
 def test_speculation_that_is_asked_for_is_planned_for_as_many_as_there_is_room_for(

@@ -320,7 +320,7 @@ class BucketHome:
             LohanError: no room; nothing was moved, or the weights only.
         """
         check_placement(self.bucket, placement)
-        self.keep_spare(False)
+        assert self.spare is None, "a second copy does not move"
         if placement.weight is not self.weight.tier:
             moved = self._allocate_weight(placement.weight)
             self._copy(self.weight, moved, self.bucket.weight_bytes)

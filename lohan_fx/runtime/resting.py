@@ -33,47 +33,46 @@ class Resting(Protocol):
     def free(self) -> None: ...
 
 
-class OnGpu:
+class _InMemory:
+    """Bytes that a tensor is over."""
+
+    memory: DeviceBytes | HostBytes
+
+    def read(self, offset: int, out: torch.Tensor) -> None:
+        out.copy_(self.memory.bytes[offset : offset + out.numel()])
+
+    def write(self, offset: int, data: torch.Tensor) -> None:
+        self.memory.bytes[offset : offset + data.numel()].copy_(data)
+
+    def zero(self, offset: int, nbytes: int) -> None:
+        self.memory.bytes[offset : offset + nbytes].zero_()
+
+
+class OnGpu(_InMemory):
     """Bytes in device memory."""
 
     tier = Tier.GPU
+    memory: DeviceBytes
 
     def __init__(self, pools: Pools, nbytes: int, what: str) -> None:
         self._pools = pools
         # A tensor made in inference mode could never be updated outside of it.
         with torch.inference_mode(False):
-            self.memory: DeviceBytes = pools.device_bytes(nbytes, what)
-
-    def read(self, offset: int, out: torch.Tensor) -> None:
-        out.copy_(self.memory.bytes[offset : offset + out.numel()])
-
-    def write(self, offset: int, data: torch.Tensor) -> None:
-        self.memory.bytes[offset : offset + data.numel()].copy_(data)
-
-    def zero(self, offset: int, nbytes: int) -> None:
-        self.memory.bytes[offset : offset + nbytes].zero_()
+            self.memory = pools.device_bytes(nbytes, what)
 
     def free(self) -> None:
         self._pools.free_device(self.memory)
 
 
-class InDram:
+class InDram(_InMemory):
     """Bytes in host memory; pinned where a device copy touches them."""
 
     tier = Tier.DRAM
+    memory: HostBytes
 
     def __init__(self, pools: Pools, nbytes: int, what: str, *, pinned: bool) -> None:
         self._pools = pools
-        self.memory: HostBytes = pools.host_bytes(nbytes, what, pinned=pinned)
-
-    def read(self, offset: int, out: torch.Tensor) -> None:
-        out.copy_(self.memory.bytes[offset : offset + out.numel()])
-
-    def write(self, offset: int, data: torch.Tensor) -> None:
-        self.memory.bytes[offset : offset + data.numel()].copy_(data)
-
-    def zero(self, offset: int, nbytes: int) -> None:
-        self.memory.bytes[offset : offset + nbytes].zero_()
+        self.memory = pools.host_bytes(nbytes, what, pinned=pinned)
 
     def free(self) -> None:
         self._pools.free_host(self.memory)
