@@ -335,13 +335,18 @@ def test_the_scheme_follows_the_system_while_the_page_is_open(page: Page) -> Non
         "return [...document.querySelectorAll('.legend canvas, #lanes-canvas, .tier canvas')]"
         ".map(canvas => canvas.toDataURL())"
     )
-    light = page.js(painted)
-    page.prefer("dark")
+    ground = "return getComputedStyle(document.body).backgroundColor"
     page.frame()
-    assert page.js("return getComputedStyle(document.body).backgroundColor") == "rgb(15, 19, 24)"
+    light, paper = page.js(painted), page.js(ground)
+    page.prefer("dark")
+    # The browser learns of another scheme when it next looks, and the canvases a frame later.
+    page.until(f"{ground} !== arguments[0]", paper)
+    page.frame()
+    assert page.js(ground) == "rgb(15, 19, 24)"
     dark = page.js(painted)
     assert page.js(painted.replace(".legend canvas, ", "")) != light
     page.prefer("light")
+    page.until(f"{ground} === arguments[0]", paper)
     page.frame()
     assert page.js(painted) == light and dark != light
 
