@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import os
 import tempfile
@@ -20,9 +22,11 @@ from .checkpoint.weights import weights_for
 from .compiler.capture import paused_collector
 from .errors import BudgetError, CaptureError, LohanError
 from .generation import Generates
+from .phases import Phases
 from .pins import Pins, check_pins
 from .plan import Plan
 from .planner import DEFAULT_POLICY, Capacities, Overlap, check_policy
+from .probe import measured_once
 from .recording import recorded
 from .report import Report, Run, report_of
 from .session import PlanReady, Session
@@ -34,6 +38,8 @@ from .units import format_bytes, parse_bytes
 OVERLAPS = ("auto", *(str(mode) for mode in Overlap))
 LOWERINGS = ("inductor", "aten")
 PROFILES = ("auto", "measured", "roofline")
+# Types of devices whose machine is measured when they are first used.
+_MEASURED = ("cuda",)
 
 
 class CompiledModel(torch.nn.Module):
@@ -242,12 +248,13 @@ def compile(
         max_writes_per_day: bytes, or a string such as "2TB", that steps at the predicted pace may
             write to SSD in a day; None is no bound.
         hardware: rates to plan with, a preset's name, or the JSON file of `python -m lohan_fx.probe`;
-            None takes what was measured on this machine, else looks at it.
+            None takes what was measured on this machine. Where nothing was, a CUDA machine is measured
+            now: seconds, kept on disk.
         lowering: "inductor", or "aten" for plain ATen kernels (slower; any two plans give bit-equal
             numbers).
         profile: whose seconds plans count with: "measured" runs the heavy ops once on the device
-            (seconds, kept on disk), "roofline" takes them from the hardware's rates; "auto" measures
-            on CUDA.
+            (seconds, kept on disk), "roofline" takes them from the hardware's rates and measures
+            nothing, the machine neither; "auto" measures on CUDA.
         poison: fill memory that may no longer be read with NaN (a debugging aid; CPU device).
         bucket_numel: most parameters that move as one; None is right outside of tests.
         verify_io: keep a checksum of every page written to the SSD (8 bytes of DRAM for 4096, outside
@@ -279,7 +286,10 @@ def compile(
     _check_dtype(dtype)
     values = {} if weights is None else weights_for(model, weights)
     _refuse_meta(model, frozenset(values))
-    session = Session(model, dtype, settings)
+    phases = Phases()
+    if hardware is None and profile != "roofline" and settings.device.type in _MEASURED:
+        settings = dataclasses.replace(settings, hardware=_measured_once(settings, phases))
+    session = Session(model, dtype, settings, phases)
     session.params.values.update({session.params.aliases[n]: v for n, v in values.items()})
     base = type(model)
     bases = (Generates, CompiledModel, base) if hasattr(base, "generate") else (CompiledModel, base)
@@ -545,6 +555,13 @@ def _device(device: torch.device | str | None) -> torch.device:
         if where.index is None:
             where = torch.device("cuda", torch.cuda.current_device())
     return where
+
+
+def _measured_once(settings: Settings, phases: Phases) -> machines.Hardware:
+    """This machine's rates from measurements; see lohan_fx.probe.once."""
+    directories = [path for path, _ in settings.budget.ssd or () if path is not None]
+    measuring = functools.partial(phases.timed, "measure the machine")
+    return measured_once(settings.device, directories, measuring=measuring)
 
 
 def _hardware(

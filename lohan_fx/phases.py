@@ -10,6 +10,7 @@ from .progress import progress_of_phase
 
 # What a terminal shows; the rest has bars of its own, or is short.
 _SHOWN = {
+    "measure the machine": "Measuring this machine",
     "plan": "Planning",
     "split": "Splitting the graph",
     "lower forward": "Compiling the forward",

@@ -65,7 +65,11 @@ class Session:
     """Everything behind one compiled model. See the module docstring for its life."""
 
     def __init__(
-        self, model: torch.nn.Module, dtype: torch.dtype | None, settings: Settings
+        self,
+        model: torch.nn.Module,
+        dtype: torch.dtype | None,
+        settings: Settings,
+        phases: Phases | None = None,
     ) -> None:
         self.settings = settings
         self.device = settings.device
@@ -76,7 +80,7 @@ class Session:
         self.state = TrainingState(self.params)
         self.forwards = CompiledForwards(model, Backend(self))
         self.programs = Programs()
-        self.phases = Phases()
+        self.phases = Phases() if phases is None else phases
         self.runtime: Runtime | None = None
         self.buckets: tuple[Bucket, ...] = ()
         self.traced: TracedStep | None = None  # where settings.trace_only

@@ -101,9 +101,8 @@ def test_links_copy_what_they_are_timed_for(monkeypatch: pytest.MonkeyPatch) -> 
     assert (seam.bytes_in, seam.bytes_out) == (2 * 8192, 2 * 8192)
 
 
-def test_plain_pinned_memory_needs_a_gpu() -> None:
-    own, plain = device.pinned_alloc_bytes_per_s(CPU, 1 << 20)
-    assert own > 0 and plain == 0
+def test_pinned_memory_has_a_rate() -> None:
+    assert device.pinned_alloc_bytes_per_s(CPU, 1 << 20) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 import platform
@@ -19,6 +20,7 @@ from .rates import Hardware
 log = logging.getLogger(__name__)
 
 _GB = 1e9
+SSD_WORDS = "; SSD "  # in a source, before what is said of the disks' rates
 
 
 def cache_dir() -> Path:
@@ -33,6 +35,13 @@ def cache_dir() -> Path:
 def default_file() -> Path:
     """The file of this machine's rates that planning takes when no hardware is named."""
     return cache_dir() / "machine.json"
+
+
+def quick_file(gpu_name: str) -> Path:
+    """The file of what was measured without being asked for, on this CPU with this GPU."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    which = f"{gpu_name}; {cpu_name()}; {cpus} usable"
+    return cache_dir() / "machines" / f"{hashlib.sha256(which.encode()).hexdigest()[:16]}.json"
 
 
 def load(name_or_path: str | os.PathLike[str], num_ssds: int | None = None) -> Hardware:
@@ -53,25 +62,25 @@ def load(name_or_path: str | os.PathLike[str], num_ssds: int | None = None) -> H
 def detect() -> Hardware:
     """This machine without a GPU: the "GPU" is an accounted part of its memory.
 
-    Cheap, and without torch: sizes are asked for; rates are those that `python -m lohan_fx.probe`
-    measured here, else generic.
+    Cheap, and without torch: sizes are asked for; rates are those on file (`on_file`), else generic.
     """
+    measured = on_file("cpu")
+    if measured is not None:
+        return as_of_now(measured)
     here = Machine.here()
-    ssd_bytes = _free_ssd_bytes(here)
-    return _measured("cpu", here, ssd_bytes) or _cpu(here.dram_free_bytes, ssd_bytes)
+    return _cpu(here.dram_free_bytes, _free_ssd_bytes(here))
 
 
 def nearest(gpu_name: str) -> Hardware:
     """This machine with its GPU, given the GPU's name as the driver says it.
 
-    Sizes are this machine's. Rates are those that `python -m lohan_fx.probe` measured here, else
-    those of the preset with that GPU, else a modest GPU's; `source` says which.
+    Sizes are this machine's. Rates are those on file (`on_file`), else those of the preset with that
+    GPU, else a modest GPU's; `source` says which.
     """
-    here = Machine.here()
-    ssd_bytes = _free_ssd_bytes(here)
-    measured = _measured(gpu_name, here, ssd_bytes)
+    measured = on_file(gpu_name)
     if measured is not None:
-        return measured
+        return as_of_now(measured)
+    here = Machine.here()
     known = [p for p in map(preset, PRESETS) if p.gpu_name == gpu_name and p.name[:5] != "lohan"]
     if known:
         base, note = known[0], f"rates of preset {known[0].name} ({known[0].source})"
@@ -86,13 +95,51 @@ def nearest(gpu_name: str) -> Hardware:
         name=base.name if known else f"generic {gpu_name}",
         source=f"sizes asked of this machine; {note}",
         dram_bytes=here.dram_free_bytes,
-        ssd_bytes=ssd_bytes,
+        ssd_bytes=_free_ssd_bytes(here),
     )
 
 
-def _measured(gpu_name: str, here: Machine, ssd_bytes: int) -> Hardware | None:
-    """What the default file says, if it is about this machine with this GPU; sizes are today's."""
-    path = default_file()
+def on_file(gpu_name: str) -> Hardware | None:
+    """What was measured of this machine with this GPU: by `python -m lohan_fx.probe`, else in short.
+
+    A disk that the former left alone has the rates of the latter. Sizes are those of then.
+    """
+    probed, quick = (_of_this(path, gpu_name) for path in (default_file(), quick_file(gpu_name)))
+    if probed is None or quick is None:
+        return probed or quick
+    if probed.ssd_read_bytes_per_s or not quick.ssd_read_bytes_per_s:
+        return probed
+    disks = {key: rate for key, rate in quick.details.items() if key.startswith("ssd_")}
+    return dataclasses.replace(
+        probed,
+        source=f"{probed.source}{SSD_WORDS}{quick.source.partition(SSD_WORDS)[2]}",
+        ssd_read_bytes_per_s=quick.ssd_read_bytes_per_s,
+        ssd_write_bytes_per_s=quick.ssd_write_bytes_per_s,
+        ssd_mixed_bytes_per_s=quick.ssd_mixed_bytes_per_s,
+        ssd_simplex=quick.ssd_simplex,
+        details={**probed.details, **disks},
+    )
+
+
+def as_of_now(found: Hardware) -> Hardware:
+    """A measured machine with the sizes of today, and a generic rate for a disk that was not measured."""
+    here = Machine.here()
+    ssd_bytes = _free_ssd_bytes(here)
+    generic = _cpu(here.dram_free_bytes, ssd_bytes)
+    # A budget that names a disk needs some rate.
+    unmeasured = not found.ssd_read_bytes_per_s
+    return dataclasses.replace(
+        found,
+        dram_bytes=here.dram_free_bytes,
+        ssd_bytes=ssd_bytes,
+        ssd_read_bytes_per_s=found.ssd_read_bytes_per_s or generic.ssd_read_bytes_per_s,
+        ssd_write_bytes_per_s=found.ssd_write_bytes_per_s or generic.ssd_write_bytes_per_s,
+        source=found.source + (f"{SSD_WORDS}not measured, taken as 1 GB/s" if unmeasured else ""),
+    )
+
+
+def _of_this(path: Path, gpu_name: str) -> Hardware | None:
+    """What a file says, if it is about this machine with this GPU."""
     if not path.exists():
         return None
     try:
@@ -110,17 +157,7 @@ def _measured(gpu_name: str, here: Machine, ssd_bytes: int) -> Hardware | None:
             cpu_name(),
         )
         return None
-    # A disk that was not measured has no rate; a budget that names one needs some.
-    generic = _cpu(here.dram_free_bytes, ssd_bytes)
-    unmeasured = not found.ssd_read_bytes_per_s
-    return dataclasses.replace(
-        found,
-        dram_bytes=here.dram_free_bytes,
-        ssd_bytes=ssd_bytes,
-        ssd_read_bytes_per_s=found.ssd_read_bytes_per_s or generic.ssd_read_bytes_per_s,
-        ssd_write_bytes_per_s=found.ssd_write_bytes_per_s or generic.ssd_write_bytes_per_s,
-        source=found.source + ("; SSD not measured, taken as 1 GB/s" if unmeasured else ""),
-    )
+    return found
 
 
 def cpu_name() -> str:

@@ -44,7 +44,9 @@ def memory_bytes_per_s(
     device: torch.device, nbytes: int, *, warm_s: float, measure_s: float
 ) -> float:
     """Bytes per second read and written by c = a + b, each of `nbytes` in fp32."""
-    a, b, c = (torch.ones(max(1, nbytes // 4), device=device) for _ in range(3))
+    a, b, c = (
+        torch.ones(max(1, nbytes // 4), dtype=torch.float32, device=device) for _ in range(3)
+    )
     seconds = seconds_per_call(
         lambda: torch.add(a, b, out=c), device, warm_s=warm_s, measure_s=measure_s
     )
@@ -97,20 +99,19 @@ def link_rates(device: torch.device, nbytes: int, *, warm_s: float, measure_s: f
     return LinkRates(*rates)
 
 
-def pinned_alloc_bytes_per_s(device: torch.device, nbytes: int) -> tuple[float, float]:
-    """(the runtime's way, torch's plain pinned allocation) of `nbytes`; the second is 0 without CUDA.
-
-    The runtime's way is to touch huge pages with all cores first and to register them then.
-    """
+def pinned_alloc_bytes_per_s(device: torch.device, nbytes: int) -> float:
+    """How fast the runtime gets `nbytes`: huge pages, touched with all cores first, registered then."""
     seam = open_device(device)
     seam.synchronize()
     start = time.perf_counter()
     with pinned(seam, nbytes):
-        own = nbytes / (time.perf_counter() - start)
-    if device.type != "cuda":
-        return own, 0.0
+        return nbytes / (time.perf_counter() - start)
+
+
+def plain_pinned_alloc_bytes_per_s(nbytes: int) -> float:
+    """How fast torch gets pinned memory in its plain way; it keeps the memory. Needs CUDA."""
     start = time.perf_counter()
     plain = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     rate = nbytes / (time.perf_counter() - start)
     del plain
-    return own, rate
+    return rate

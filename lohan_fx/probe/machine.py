@@ -25,7 +25,10 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """Sizes and times of the measurements. Times are per measurement, before and while it counts."""
+    """Sizes and times of the measurements. Times are per measurement, before and while it counts.
+
+    What only informs are Adam in fp32, plain pinned allocation, and other patterns of DRAM than copies.
+    """
 
     matmul_size: int
     matmul_warm_s: float
@@ -38,6 +41,7 @@ class Effort:
     ssd_bytes: int
     ssd_blocks: tuple[int, ...]
     ssd_limit_s: float
+    thorough: bool = True  # False leaves out what only informs
 
     def within(self, machine_bytes: int, gpu_free_bytes: int) -> Effort:
         """The same with arrays that a small machine can hold: at most a fortieth of it each."""
@@ -84,6 +88,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Report = Callable[[str], None]
 
 
+def gpu_name_of(device: torch.device) -> str:
+    """The GPU's name as the driver says it; "cpu" for the CPU as device."""
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
 def measure_machine(
     device: torch.device,
     ssd_dirs: Sequence[Path] = (),
@@ -103,13 +112,13 @@ def measure_machine(
     """
     disk.check_room(ssd_dirs, effort.ssd_bytes)
     on_cpu = device.type == "cpu"
-    memory = psutil.virtual_memory()
+    here = Machine.here()
+    gpu_name = gpu_name_of(device)
     if on_cpu:
-        gpu_name, gpu_total, gpu_free = "cpu", memory.total, memory.available
+        gpu_free, gpu_total = here.dram_free_bytes, psutil.virtual_memory().total
     else:
-        gpu_name = torch.cuda.get_device_name(device)
         gpu_free, gpu_total = torch.cuda.mem_get_info(device)
-    effort = effort.within(memory.available, gpu_free)
+    effort = effort.within(here.dram_free_bytes, gpu_free)
     details: dict[str, float] = {}
     times = {"warm_s": effort.warm_s, "measure_s": effort.measure_s}
 
@@ -130,19 +139,22 @@ def measure_machine(
     link = gpu.link_rates(device, effort.link_bytes, **times)
     details["link_both_each_bytes_per_s"] = link.both_each_bytes_per_s
     report("pinned memory")
-    pinned, plain = gpu.pinned_alloc_bytes_per_s(device, effort.link_bytes)
-    if plain:
+    pinned = gpu.pinned_alloc_bytes_per_s(device, effort.link_bytes)
+    if effort.thorough and not on_cpu:
+        plain = gpu.plain_pinned_alloc_bytes_per_s(effort.link_bytes)
         details["pinned_alloc_plain_bytes_per_s"] = plain
     if not on_cpu:
         torch.cuda.empty_cache()
 
     report("DRAM")
-    dram = [
-        host.dram_copy_bytes_per_s(effort.host_bytes, **times),
-        host.dram_triad_bytes_per_s(effort.host_bytes, **times),
-    ]
-    details["dram_copy_bytes_per_s"], details["dram_triad_bytes_per_s"] = dram
+    dram = [host.dram_copy_bytes_per_s(effort.host_bytes, **times)]
+    details["dram_copy_bytes_per_s"] = dram[0]
+    if effort.thorough:
+        dram.append(host.dram_triad_bytes_per_s(effort.host_bytes, **times))
+        details["dram_triad_bytes_per_s"] = dram[1]
     for dtype_name, moved in host.ADAM_BYTES.items():
+        if dtype_name == "float32" and not effort.thorough:
+            continue
         report(f"Adam on the CPU, {dtype_name}")
         rate = host.adam_params_per_s(effort.adam_params, dtype_name, **times)
         details[f"cpu_adam_{dtype_name}_params_per_s"] = rate
@@ -153,7 +165,6 @@ def measure_machine(
     details["h2d_while_adam_bytes_per_s"] = copied
 
     ssd = _measure_ssd(ssd_dirs, effort, details, report)
-    here = Machine.here()
     where = here.default_ssd_dir
     return Hardware(
         name=f"measured {gpu_name}",
