@@ -18,7 +18,9 @@ from lohan_fx.budget import Machine
 from lohan_fx.cli.probe import as_text, main
 from lohan_fx.errors import LohanError
 from lohan_fx.hardware import Hardware, detect, load
-from lohan_fx.probe import FULL, Effort, device, disk, host, machine, measure_machine
+from lohan_fx.probe import FULL, QUICK, Effort, device, disk, host, machine, measure_machine
+from lohan_fx.probe.once import FIRST
+from lohan_fx.runtime.device import CpuDevice
 from lohan_fx.runtime.timing import seconds_per_call
 
 CPU = torch.device("cpu")
@@ -110,12 +112,17 @@ def test_adam_has_a_rate(dtype: str) -> None:
     assert host.adam_params_per_s(1001, dtype, **BRIEF) > 0
 
 
-def test_copies_go_on_while_adam_is_timed_and_end_with_it() -> None:
+def test_copies_go_on_both_ways_while_adam_is_timed_and_end_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = threading.active_count()
+    device = CpuDevice()
+    monkeypatch.setattr(host, "open_device", lambda _: device)
     params_per_s, bytes_per_s = host.adam_while_copying(
         CPU, 100_000, 4096, warm_s=0.02, measure_s=0.05
     )
     assert params_per_s > 0 and bytes_per_s > 0
+    assert device.bytes_in == device.bytes_out > 0
     assert threading.active_count() == before
 
 
@@ -178,6 +185,11 @@ def test_sizes_shrink_to_what_a_small_machine_holds() -> None:
     assert small.gpu_bytes == 10 * 2**20
     assert 12 * small.adam_params <= 400 * 2**20 // 10
     assert FULL.within(2**40, 2**37) == FULL
+
+
+@pytest.mark.parametrize("effort", [FULL, QUICK, FIRST])
+def test_adam_goes_over_more_than_a_cache_holds(effort: Effort) -> None:
+    assert 14 * effort.adam_params > 2 * 2**30
 
 
 def test_the_command_writes_where_planning_looks(

@@ -56,17 +56,19 @@ def adam_params_per_s(numel: int, dtype: str, *, warm_s: float, measure_s: float
 def adam_while_copying(
     device: torch.device, numel: int, nbytes: int, *, warm_s: float, measure_s: float
 ) -> tuple[float, float]:
-    """(parameters per second of Adam in bf16, bytes per second of H2D copies) at the same time."""
+    """(parameters per second of Adam in bf16, bytes per second of copies in both directions), at the
+    same time; copies are of `nbytes` each way."""
     seam = open_device(device)
     update = _adam(numel, "bfloat16")
     stop = threading.Event()
-    done: list[float] = []  # when each copy was complete
+    done: list[float] = []  # when each pair of copies was complete
 
     def keep_copying() -> None:
-        with pinned(seam, nbytes) as source:
-            to = seam.empty(source.numel())
+        with pinned(seam, nbytes) as up, pinned(seam, nbytes) as down:
+            to, source = seam.empty(up.numel()), seam.empty(down.numel())
             while not stop.is_set():
-                seam.wait(seam.copy_in(to, source))
+                for arrival in (seam.copy_in(to, up), seam.copy_out(down, source)):
+                    seam.wait(arrival)
                 seam.synchronize()
                 done.append(time.perf_counter())
 
@@ -82,7 +84,7 @@ def adam_while_copying(
     finally:
         stop.set()
         copies.join()
-    moved = nbytes * sum(start <= at <= end for at in done)
+    moved = 2 * nbytes * sum(start <= at <= end for at in done)
     return numel / seconds, moved / (end - start)
 
 
