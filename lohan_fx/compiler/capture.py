@@ -86,6 +86,8 @@ class Host(Protocol):
     def names(self) -> Sequence[str]: ...
     @property
     def trainable(self) -> frozenset[int]: ...
+    @property
+    def stubs(self) -> Sequence[torch.Tensor]: ...  # the parameters, by number
     def owns(self, param: torch.Tensor) -> int | None: ...
     def decide(self, traced: Traced) -> Decision: ...
     def accept(self, woven: Woven) -> None: ...
@@ -332,8 +334,9 @@ class _Step:
             host = host_ref()
             assert host is not None
             # Dynamo may run this code for another Parameter object than it was planned for.
+            stubs = host.stubs
             for position, pid in expected:
-                if host.owns(args[position]) != pid:
+                if args[position] is not stubs[pid]:
                     raise CaptureError(
                         f"parameter {names[pid]!r} was replaced after lohan_fx.compile; set "
                         "values with load_state_dict instead of assigning a new Parameter"
