@@ -110,6 +110,7 @@ class TrainingState:
         with phases.timed("await placing"):
             placing.wait()
         phases.seconds["place, beside compiling"] = placing.seconds
+        runtime.settle()
         self._tiers, self._placing = runtime.values, None
         for pid, state in self._given.items():
             if "master" in state:

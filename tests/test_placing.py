@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from loops import TIGHT, Tiny, assert_same, compiled, leaves_nothing, step, steps, tokens
+from safetensors.torch import save_file
 
 import lohan_fx
 from lohan_fx.compiler import capture
 from lohan_fx.placing import Placing
+from lohan_fx.program import ParamSpec
+from lohan_fx.runtime.buckets import BucketHome
 from lohan_fx.runtime.store import BucketStore
 
 
@@ -173,6 +176,60 @@ def test_an_interrupt_while_the_first_one_is_undone_loses_nothing_either(
     assert_same(model, Tiny(), exact=True)
     assert step(model, optimizer, tokens(0)) > 0
     model.close()
+
+
+def test_an_interrupt_while_values_come_back_loses_none(
+    in_lowering: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, optimizer = started(tmp_path)
+    load, calls = BucketHome.load, iter([False, True])
+
+    def interrupted(self: BucketHome, spec: ParamSpec, section: str) -> torch.Tensor:
+        if next(calls, False):
+            raise KeyboardInterrupt("again")
+        return load(self, spec, section)
+
+    def fail(part: str) -> None:
+        model._lohan.state._placing[0].wait()
+        raise RuntimeError("in lowering")
+
+    monkeypatch.setattr(BucketHome, "load", interrupted)
+    in_lowering(fail)
+    with pytest.raises(KeyboardInterrupt, match="again"):
+        model(**tokens(0))
+    assert_same(model, Tiny(), exact=True)
+    assert step(model, optimizer, tokens(0)) > 0
+    model.close()
+
+
+def test_values_that_come_back_take_no_more_memory_than_they_did(
+    in_lowering: Any, tmp_path: Path
+) -> None:
+    disk, file = tmp_path / "disk", tmp_path / "weights.safetensors"
+    disk.mkdir()
+    save_file(Tiny().state_dict(), file)
+    from_file = compiled(Tiny(), disk, TIGHT, dtype=torch.bfloat16, weights=file)
+    in_16_bit = compiled(Tiny().bfloat16(), disk, TIGHT, dtype=torch.bfloat16)
+    for model in (from_file, in_16_bit):
+
+        def fail(part: str, model: Any = model) -> None:
+            model._lohan.state._placing[0].wait()
+            raise RuntimeError("in lowering")
+
+        given = dict(model._lohan.params.values)
+        optimizer = lohan_fx.AdamW(model.parameters())
+        in_lowering(fail)
+        with pytest.raises(RuntimeError, match="in lowering"):
+            model(**tokens(0))
+        values = model._lohan.params.values
+        assert values.keys() == given.keys()
+        if model is from_file:
+            assert all(values[pid] is value for pid, value in given.items())
+        else:
+            assert {value.dtype for value in values.values()} == {torch.bfloat16}
+            assert_same(model, Tiny().bfloat16(), exact=True)
+        del optimizer
+        model.close()
 
 
 def test_moments_set_before_the_first_step_come_back_with_the_values(

@@ -143,11 +143,18 @@ class Runtime:
                 raise
 
     def give_back(self, values: MutableMapping[int, Value]) -> None:
-        """Undo adopt(), before any step: every value is back in `values`, masters as fp32."""
+        """Undo adopt(), before settle(): every value is back in `values`, as it was or as fp32.
+
+        One that was interrupted may be called again.
+        """
         self._resources.check_open()
         self._resources.close_windows()
         with torch.inference_mode(False), torch.no_grad():
             self._resources.store.give_back(values)
+
+    def settle(self) -> None:
+        """After adopt(), before any step: the values stay, and what they came from is let go."""
+        self._resources.store.settle()
 
     def place(self, placements: Sequence[BucketPlacement], options: RuntimeOptions) -> None:
         """Migrate to other tiers and windows, one bucket at a time, when all that runs has finished.

@@ -22,7 +22,8 @@ class BucketStore:
         self._pools = pools
         self.homes: dict[int, BucketHome] = {}
         self._where: dict[int, tuple[int, ParamSpec]] = {}
-        self._sources: dict[int, Piecewise] = {}  # while adopting: what was placed from a file
+        # What was placed, until it is settled: where it is in a file, and else its dtype.
+        self._given: dict[int, Piecewise | torch.dtype] = {}
 
     def adopt(
         self,
@@ -35,7 +36,7 @@ class BucketStore:
         """Place every bucket and fill it, one at a time, emptying `values` on the way.
 
         `progress` is told the bytes of each bucket placed. On failure the values are back in
-        `values`, masters as fp32, and nothing is held.
+        `values`, and nothing is held.
         """
         try:
             self._adopt(buckets, values, placements, moments, progress)
@@ -59,25 +60,37 @@ class BucketStore:
             self.homes[bucket.index] = home
             home.fill(values, moments)
             for spec in bucket.params:
-                value = values.pop(spec.pid)
-                if not isinstance(value, torch.Tensor):
-                    self._sources[spec.pid] = value
+                value = values[spec.pid]
+                self._given[spec.pid] = value.dtype if isinstance(value, torch.Tensor) else value
+                del values[spec.pid]
             progress(bucket.weight_bytes + bucket.state_bytes)
-        self._sources.clear()
         self._pools.drop_bounce()
 
+    def settle(self) -> None:
+        """The values stay; what they came from is let go."""
+        self._given.clear()
+
     def give_back(self, values: MutableMapping[int, Value]) -> None:
-        """Undo adopt()."""
-        while self.homes:
-            _, home = self.homes.popitem()
+        """Undo adopt(), before settle(). One that was interrupted may be called again.
+
+        No value takes more memory than it did, and those that free most DRAM come first.
+        """
+        for home in sorted(self.homes.values(), key=_dram_bytes, reverse=True):
             section = "master" if home.bucket.trainable else "weight"
             for spec in home.bucket.params:
-                if spec.pid in self._sources:
-                    values[spec.pid] = self._sources.pop(spec.pid)
-                elif spec.pid not in values:
-                    values[spec.pid] = home.load(spec, section)
+                if spec.pid in values:
+                    continue
+                given = self._given[spec.pid]
+                if isinstance(given, torch.dtype):
+                    loaded = home.load(spec, section)
+                    narrower = given.itemsize < loaded.dtype.itemsize  # and was widened exactly
+                    values[spec.pid] = loaded.to(given) if narrower else loaded
+                else:
+                    values[spec.pid] = given
+            del self.homes[home.bucket.index]
             home.free()
         self._where.clear()
+        self._given.clear()
         self._pools.drop_bounce()
 
     def migrate(self, placements: Mapping[int, BucketPlacement]) -> None:
@@ -152,3 +165,8 @@ class BucketStore:
 
     def specs(self) -> Iterable[ParamSpec]:
         return (spec for _, spec in self._where.values())
+
+
+def _dram_bytes(home: BucketHome) -> int:
+    state = home.bucket.state_bytes if home.state_tier is Tier.DRAM else 0
+    return state + (home.bucket.weight_bytes if home.weight_tier is Tier.DRAM else 0)
