@@ -232,6 +232,28 @@ def test_values_that_come_back_take_no_more_memory_than_they_did(
         model.close()
 
 
+def test_a_failed_step_costs_parameters_that_it_did_not_use_no_bits(
+    in_lowering: Any, tmp_path: Path
+) -> None:
+    model = Tiny()
+    model.spare = torch.nn.Linear(3, 3)
+    expected = model.spare.weight.detach().clone()
+    ours = compiled(model, tmp_path, TIGHT, dtype=torch.bfloat16)
+    optimizer = lohan_fx.AdamW(ours.parameters())
+
+    def fail(part: str) -> None:
+        ours._lohan.state._placing[0].wait()
+        raise RuntimeError("in lowering")
+
+    in_lowering(fail)
+    with pytest.raises(RuntimeError, match="in lowering"):
+        ours(**tokens(0))
+    params = ours._lohan.params
+    assert torch.equal(params.values[params.aliases["spare.weight"]], expected)
+    del optimizer
+    ours.close()
+
+
 def test_moments_set_before_the_first_step_come_back_with_the_values(
     in_lowering: Any, tmp_path: Path
 ) -> None:

@@ -132,8 +132,10 @@ class Runtime:
                         f"{spec.name} is {tuple(stub.shape)} {stub.dtype}, but was planned as "
                         f"{spec.shape} {bucket.dtype}"
                     )
+        frozen = (spec.pid for b in buckets if not b.trainable for spec in b.params)
+        unused = {pid for pid in frozen if stubs[pid].requires_grad}
         with torch.inference_mode(False), torch.no_grad():
-            resources.store.adopt(buckets, values, placements, moments or {}, progress)
+            resources.store.adopt(buckets, values, placements, moments or {}, unused, progress)
             try:
                 resources.store.accumulate(resources.options.accumulates)
                 resources.store.keep_spares(resources.speculating)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
 
 import torch
 
 from lohan_fx.errors import LohanError
-from lohan_fx.piecewise import Piecewise, Value
+from lohan_fx.piecewise import Value
 from lohan_fx.program import Bucket, BucketPlacement, ParamSpec, Tier
 
 from .buckets import BucketHome
@@ -22,8 +22,8 @@ class BucketStore:
         self._pools = pools
         self.homes: dict[int, BucketHome] = {}
         self._where: dict[int, tuple[int, ParamSpec]] = {}
-        # What was placed, until it is settled: where it is in a file, and else its dtype.
-        self._given: dict[int, Piecewise | torch.dtype] = {}
+        # What was placed, until it is settled, or its dtype where it can be had from the bucket.
+        self._given: dict[int, Value | torch.dtype] = {}
 
     def adopt(
         self,
@@ -31,15 +31,17 @@ class BucketStore:
         values: MutableMapping[int, Value],
         placements: Sequence[BucketPlacement],
         moments: Mapping[int, tuple[Value, Value]],
+        unused: Set[int],
         progress: Callable[[int], None],
     ) -> None:
         """Place every bucket and fill it, one at a time, emptying `values` on the way.
 
+        `unused` are parameters in frozen buckets whose values may still be wanted to the last bit.
         `progress` is told the bytes of each bucket placed. On failure the values are back in
         `values`, and nothing is held.
         """
         try:
-            self._adopt(buckets, values, placements, moments, progress)
+            self._adopt(buckets, values, placements, moments, unused, progress)
         except BaseException:
             self.give_back(values)
             raise
@@ -50,6 +52,7 @@ class BucketStore:
         values: MutableMapping[int, Value],
         placements: Sequence[BucketPlacement],
         moments: Mapping[int, tuple[Value, Value]],
+        unused: Set[int],
         progress: Callable[[int], None],
     ) -> None:
         for bucket, placement in zip(buckets, placements, strict=True):
@@ -61,7 +64,8 @@ class BucketStore:
             home.fill(values, moments)
             for spec in bucket.params:
                 value = values[spec.pid]
-                self._given[spec.pid] = value.dtype if isinstance(value, torch.Tensor) else value
+                stays = spec.pid in unused or not isinstance(value, torch.Tensor)
+                self._given[spec.pid] = value if stays else value.dtype
                 del values[spec.pid]
             progress(bucket.weight_bytes + bucket.state_bytes)
         self._pools.drop_bounce()
