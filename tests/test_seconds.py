@@ -202,6 +202,8 @@ def test_products_are_measured_once_each_and_nothing_else_is(cache: Path) -> Non
         assert len(calls) == 2
         assert measured(graph) == first
         assert len(calls) == 2  # read from disk
+    assert not OpSeconds(CPU, room_bytes=0).lacks(graph.nodes)
+    assert OpSeconds(CPU, room_bytes=0).lacks(traced(products, (4, 16), (16, 16)).nodes)
     (file,) = cache.iterdir()
     assert json.loads(file.read_text())["machine"] == f"cpu, torch {torch.__version__}"
 
@@ -231,11 +233,13 @@ def test_an_op_that_fails_is_left_to_the_roofline_with_a_note(
     def fails(*_: Any, **__: Any) -> float:
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(op_seconds, "seconds_per_call", fails)
-    with caplog.at_level("INFO"):
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(op_seconds, "seconds_per_call", fails)
         assert measured(graph) == {}
     assert "no kernel image" in caplog.text and "roofline" in caplog.text
-    assert not cache.exists()
+    assert not OpSeconds(CPU, room_bytes=0).lacks(graph.nodes)
+    assert measured(graph, room_bytes=0) == {}
+    assert measured(graph)  # tried again
 
 
 def test_an_op_that_does_not_fit_is_not_tried(

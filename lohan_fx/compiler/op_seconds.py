@@ -63,15 +63,19 @@ class OpSeconds:
 
     def of(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, float]:
         """Seconds of the heavy ops among `nodes`; those without a figure are left out."""
-        heavy = [(node, signature(node)) for node in nodes if flop_formula(node) is not None]
-        missing = {key: node for node, key in heavy if key is not None and key not in self._known}
-        if missing:
+        heavy = _heavy(nodes)
+        missing = {key: node for node, key in heavy if not self._known.get(key)}
+        if missing and self._room_bytes:
             self._measure(missing)
-        return {node: self._known[key] for node, key in heavy if key in self._known}
+        return {node: self._known[key] for node, key in heavy if self._known.get(key)}
+
+    def lacks(self, nodes: Iterable[fx.Node]) -> bool:
+        """Are there heavy ops among `nodes` that it has not been tried to measure?"""
+        return any(key not in self._known for _, key in _heavy(nodes))
 
     def _measure(self, missing: dict[str, fx.Node]) -> None:
         start = time.perf_counter()
-        warm_s, found = self._warm_s, 0
+        warm_s, tried = self._warm_s, 0
         # Capturing runs under fake tensors; these are real.
         bar = progress_of_pieces("Measuring ops", len(missing))
         with (
@@ -88,11 +92,12 @@ class OpSeconds:
                 advance(node.name)
                 seconds = self._time(node, warm_s)
                 if seconds is not None:
-                    self._known[key] = seconds
-                    warm_s, found = 0.0, found + 1
+                    warm_s = 0.0
+                self._known[key] = seconds or 0.0
+                tried += 1
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-        if found:
+        if tried:
             _write(self._file, _machine(self._device), self._known)
 
     def _time(self, node: fx.Node, warm_s: float) -> float | None:
@@ -111,6 +116,11 @@ class OpSeconds:
         except Exception as error:  # an estimate must not end a run
             log.info("%s cannot be measured (%s); taken from the roofline", node.name, error)
             return None
+
+
+def _heavy(nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, str]]:
+    heavy = ((node, signature(node)) for node in nodes if flop_formula(node) is not None)
+    return [(node, key) for node, key in heavy if key is not None]
 
 
 def signature(node: fx.Node) -> str | None:
@@ -187,12 +197,13 @@ def _digest(text: str) -> str:
 
 
 def _read(path: Path, machine: str) -> dict[str, float]:
-    """What was measured before; nothing where the file is missing, damaged or of another version."""
+    """What was measured before, 0 for what could not be; nothing where the file is missing, damaged or
+    of another version."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != CACHE_SCHEMA or raw["machine"] != machine:
             return {}
-        return {str(key): float(value) for key, value in raw["seconds"].items() if value > 0}
+        return {str(key): float(value) for key, value in raw["seconds"].items() if value >= 0}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
