@@ -3,7 +3,8 @@
 [Note: a program has its placements] Windows are sized, and weights waited for, by one plan. Where the
 next program to run has another plan, values and windows move first. A capture happens under Dynamo's
 fake tensors and may fail, so nothing moves before it is complete; but the first placing of all, in a
-thread of its own, begins with the plan and is undone where what follows fails (placing.py).
+thread of its own, begins with the plan or before (known_placings.py), and is undone where what follows
+fails (placing.py).
 
 [Note: shapes in turns] Batches of two shapes may alternate for a whole run, so that their programs
 should have the same placements and staging. A new shape is planned under the placements that there
@@ -241,6 +242,10 @@ class Programs:
         runtime.place(captured.placements, captured.options)
         self._in_force, self._staging = captured, captured.options
         return moves
+
+    def found_in_force(self, captured: Captured) -> None:
+        """The values are on their way as `captured` has them."""
+        self._in_force, self._staging = captured, captured.options
 
     def _has_placements_of(self, captured: Captured) -> bool:
         present = self._in_force

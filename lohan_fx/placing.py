@@ -3,9 +3,9 @@
 Pinning, converting and copying are native work, compiling is Python that waits for workers: side by
 side they take as long as the longer one. The thread is gone before the first step runs.
 
-[Note: placing is reversible] It begins once there is a plan, so that hardly anything can fail but
-compiling. Whoever does not get to the first step calls `cancel`: the bucket under way is finished and
-all are given back, so that the values are as they were.
+[Note: placing is reversible] It begins once there is a plan, or before, where the last run's is taken for
+it. Whoever does not get to the first step, or gets another plan, calls `cancel`: the bucket under way is
+finished and all are given back, so that the values are as they were.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from functools import partial
 
 from torch import fx
 
-from .compiler.buckets import ParamInfo, bucket_numel_for, first_uses, make_buckets
+from .compiler.buckets import bucket_numel_for, first_uses, make_buckets, param_infos
 from .compiler.capture import Traced
 from .compiler.formulate import formulate_training
 from .compiler.op_seconds import OpSeconds
@@ -55,18 +55,7 @@ def buckets_of(
 
     At most `numel` elements each; None leaves that to the model's size.
     """
-    infos = [
-        ParamInfo(
-            pid=pid,
-            name=name,
-            shape=tuple(stub.shape),
-            stride=tuple(stub.stride()),
-            numel=stub.numel(),
-            dtype=stub.dtype,
-            trainable=pid in trainable,
-        )
-        for pid, (name, stub) in enumerate(zip(params.names, params.stubs, strict=True))
-    ]
+    infos = param_infos(params.names, params.stubs, trainable)
     uses = first_uses(traced.joint.graph, traced.joint.param_of)
     names = [stage.name for stage in traced.stages]
     numel = numel or bucket_numel_for(sum(info.numel for info in infos))
@@ -79,15 +68,23 @@ def seconds_of(traced: Traced, settings: Settings, phases: Phases, *, room_bytes
     Args:
         room_bytes: of GPU memory that measuring may take; with 0, what is known already is used still.
     """
-    device = settings.device
-    measures = settings.profile == "measured" or (
-        settings.profile == "auto" and device.type == "cuda" and not settings.plan_only
-    )
     measured: dict[fx.Node, float] = {}
-    if measures:
+    if _measures(settings):
         with phases.timed("measure ops"):
-            measured = OpSeconds(device, room_bytes=room_bytes).of(traced.joint.graph.nodes)
+            known = OpSeconds(settings.device, room_bytes=room_bytes)
+            measured = known.of(traced.joint.graph.nodes)
     return Seconds(settings.hardware, fused=settings.lowering == "inductor", measured=measured)
+
+
+def lacks_seconds(traced: Traced, settings: Settings) -> bool:
+    """Are there ops that would have to be run for `seconds_of`?"""
+    known = OpSeconds(settings.device, room_bytes=0) if _measures(settings) else None
+    return known is not None and known.lacks(traced.joint.graph.nodes)
+
+
+def _measures(settings: Settings) -> bool:
+    on_device = settings.device.type == "cuda" and not settings.plan_only
+    return settings.profile == "measured" or (settings.profile == "auto" and on_device)
 
 
 def formulated(

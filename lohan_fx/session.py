@@ -11,6 +11,9 @@ programs, under the same placements if those can work (see the notes of captured
     runtime          does the moves; there is none before the first plan
     phases           what the time before the first step goes on
 
+A training that was run before begins to place values before anything is captured, as that run did; see
+[Note: placing ahead] in known_placings.py.
+
 A call runs compiled code. Where that has none for the input's shapes yet, the compiler captures a step and
 asks back (compiler.capture.Host): `decide` plans it (overlap.py, planning.py), `accept` and `keep` take
 what was made of it, and `prepare` is called before each run of a program.
@@ -18,15 +21,25 @@ what was made of it, and `prepare` is called before each run of a program.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import known_placings
 from .captured import Captured, Programs
-from .compiler.capture import Backend, Decision, Traced, owned, paused_collector
+from .compiler.capture import (
+    Backend,
+    Decision,
+    Traced,
+    beside_tracing,
+    owned,
+    paused_collector,
+)
 from .compiler.compiled import CompiledForwards, Step
 from .compiler.dynamo import (
     LeftToEager,
@@ -38,12 +51,21 @@ from .compiler.dynamo import (
 from .compiler.skeleton import Skeleton
 from .compiler.weave import Woven
 from .errors import LohanError, TrainingLoopError
+from .known_placings import Placed
 from .optim import Adam
 from .overlap import check_overlap, may_speculate, overlap_for
 from .params import ManagedParams
 from .phases import Phases
 from .planner import Overlap, Problem
-from .planning import buckets_of, formulated, plan_of, replayed, seconds_of, solution_of
+from .planning import (
+    buckets_of,
+    formulated,
+    lacks_seconds,
+    plan_of,
+    replayed,
+    seconds_of,
+    solution_of,
+)
 from .program import Bucket
 from .runtime import Runtime, RuntimeOptions, RuntimeStats
 from .runtime.recorder import Recorder
@@ -51,6 +73,8 @@ from .settings import Settings
 from .step import TracedStep
 from .tracing import Trace
 from .training_state import TrainingState
+
+log = logging.getLogger(__name__)
 
 
 class PlanReady(LohanError):
@@ -83,6 +107,8 @@ class Session:
         self.phases = Phases() if phases is None else phases
         self.runtime: Runtime | None = None
         self.buckets: tuple[Bucket, ...] = ()
+        self._ahead: Placed | None = None  # as what values are being placed before there is a plan
+        self._placed_file: Path | None = None  # where the next run will look for this
         self.traced: TracedStep | None = None  # where settings.trace_only
         self.saving: Any = None  # the checkpoint written last in the background
         self.recorder: Recorder | None = None  # notes what steps do
@@ -109,7 +135,7 @@ class Session:
                 f"requires_grad of {changed[0]!r} changed after lohan_fx.compile; freeze parameters "
                 "before it"
             )
-        trains = torch.is_grad_enabled() and self.trainable and not self.settings.plan_only
+        trains = torch.is_grad_enabled() and bool(self.trainable) and not self.settings.plan_only
         if trains and self.optimizer is None:
             raise TrainingLoopError(
                 "no optimizer is attached, so gradients would go nowhere; create "
@@ -121,7 +147,7 @@ class Session:
             self._forget_training_unless_planned()
         forward = self.forwards.whole(grad=torch.is_grad_enabled())
         try:
-            return self._run(forward, args, kwargs)
+            return self._run(forward, args, kwargs, trains=trains)
         except ComesAgain:
             self.forwards.forget_training()
             return self._run(forward, args, kwargs)
@@ -140,13 +166,22 @@ class Session:
             self._trained_by = None
             self.forwards.forget_training()
 
-    def _run(self, forward: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _run(
+        self,
+        forward: Step,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        trains: bool = False,
+    ) -> Any:
         # The first call makes what stays; later ones make little besides.
         collector = nullcontext() if self.captured else paused_collector()
         self.phases.call_begins()
         try:
             with self.params.exposed(), compiler_settings(), collector:
-                return forward(*args, **kwargs)
+                if trains and self.runtime is None:
+                    self._place_ahead(args, kwargs)
+                result = forward(*args, **kwargs)
         except Exception as error:
             self._undo_call()
             shown = explained(error)
@@ -159,13 +194,48 @@ class Session:
             # What Dynamo wraps around it, and its frames, say nothing more.
             raise shown.with_traceback(None) from None
         except BaseException:  # an interrupt
-            if self.state.placing:
+            if not self.state.placed:
                 self._undo_call()
             raise
+        if self._ahead is not None:  # nothing was captured
+            self._undo_call()
+        return result
+
+    def _place_ahead(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Begin to place values as the last run of this training did, if it is known."""
+        with self.timed("look up the placing"):
+            try:
+                self._placed_file = known_placings.file_of(
+                    self.settings,
+                    self.params,
+                    overlap=self._overlap(),
+                    accumulates=self._accumulates,
+                    args=args,
+                    kwargs=kwargs,
+                )
+                if self._placed_file is None:
+                    return
+                self._ahead = known_placings.read(self._placed_file, self.params)
+                if self._ahead is None:
+                    return
+                self.runtime = self._open_runtime(self._ahead.options)
+                self.state.begin_placing(self.runtime, self._ahead.buckets, self._ahead.placements)
+            except Exception as error:  # met again once there is a plan, where it matters
+                self._place_anew(str(error))
+
+    def _place_anew(self, reason: str) -> None:
+        """Take back what was placed ahead; it is placed once there is a plan."""
+        log.info("values are not placed as in the last run: %s", reason)
+        with self.timed("take values back"), beside_tracing():
+            self.state.undo_placing()
+            if self.runtime is not None:
+                self.runtime.close()
+        self.runtime = self._ahead = None
 
     def _undo_call(self) -> None:
         """After a failed call: drop what its pass holds, what was captured in part, and a runtime
         that holds no values yet."""
+        self._ahead = None
         if self.runtime is None:
             return
         self.state.undo_placing()
@@ -224,9 +294,13 @@ class Session:
             state.leave_out_unused(traced.reached, settled=bool(self.buckets))
         if not self.buckets:
             self.buckets = buckets_of(traced, self.params, self.trainable, settings.bucket_numel)
+        if self._ahead is not None and self._ahead.buckets != self.buckets:
+            self._place_anew("other parameters move together")
+        if self._ahead is not None and lacks_seconds(traced, settings):
+            self._place_anew("ops are to be measured")
         overlap = self._overlap()
         # Once values are placed there is no room to measure in.
-        room = 0 if state.placed else settings.capacities.gpu_bytes
+        room = 0 if state.placed or state.placing else settings.capacities.gpu_bytes
         seconds = seconds_of(traced, settings, self.phases, room_bytes=room)
         step = formulated(
             traced,
@@ -254,6 +328,12 @@ class Session:
         plan = plan_of(step, solution, settings, seconds.source)
         captured = Captured.of(traced, step.problem, solution, plan, poison=settings.poison)
         index = self.programs.add(captured)
+        placed = Placed(self.buckets, captured.placements, captured.options)
+        if self._ahead is not None and self._ahead != placed:
+            self._place_anew("the plan is another")
+        if self._ahead is not None:
+            self.programs.found_in_force(captured)
+            self._ahead = self._placed_file = None  # which says so already
         # A plan alone needs no runtime; the graphs are still rewritten, for its schedule.
         if self.runtime is None and not settings.plan_only:
             self.runtime = self._open_runtime(captured.options)
@@ -300,6 +380,7 @@ class Session:
             self.phases.capture_ends()
         if not self.state.placed:
             self.state.end_placing(self.phases)
+            self._keep_placed(captured)
         if not self.programs.is_in_force(captured):
             with self.timed("place again"):
                 moved = self.programs.put_in_force(captured, runtime)
@@ -309,6 +390,13 @@ class Session:
         if captured.training and optimizer is not None:
             runtime.attach(optimizer)
         runtime.passes.no_sync = self._no_sync
+
+    def _keep_placed(self, captured: Captured) -> None:
+        worth = self.phases.seconds["place, beside compiling"] >= known_placings.WORTH_S
+        if captured.training and self._placed_file is not None and worth:
+            placed = Placed(self.buckets, captured.placements, captured.options)
+            known_placings.keep(self._placed_file, placed)
+        self._placed_file = None
 
     # What parameters, the optimizer and a loss scaler ask (params.Owner).
 

@@ -61,12 +61,12 @@ def _digest(problem: Problem, policy: str, forced: Forced) -> str:
         sorted((index, str(p.weight), str(p.state)) for index, p in forced.buckets.items()),
         sorted((index, str(place)) for index, place in forced.activations.items()),
     ]
-    text = "\n".join((_planner_digest(), json.dumps(wanted), problem.to_json()))
+    text = "\n".join((planner_digest(), json.dumps(wanted), problem.to_json()))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache
-def _planner_digest() -> str:
+def planner_digest() -> str:
     """Of the planner's source: another version may plan otherwise."""
     digest = hashlib.sha256()
     for path in sorted(Path(planner.__file__).parent.glob("*.py")):

@@ -1,7 +1,7 @@
 """Weights, masters, moments and step counts of one model: first as they were given, then in the tiers.
 
-Values are placed once, by a thread beside the compiler (placing.py), and can be had back until that
-is waited for. Before, setting one only remembers it; a placing takes it along.
+Values are placed by a thread beside the compiler (placing.py), and can be had back until that is waited
+for. Before, setting one only remembers it; a placing takes it along.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def test_whatever_a_solver_sees_makes_another_problem(
     solved(PROBLEM, "zero-offload", Forced())
     solved(PROBLEM, "greedy", moved)
     assert len(solves) == 5
-    monkeypatch.setattr(solutions, "_planner_digest", lambda: "another version")
+    monkeypatch.setattr(solutions, "planner_digest", lambda: "another version")
     solved(PROBLEM, "greedy", Forced())
     assert len(solves) == 6
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,56 @@ class ParamInfo:
     trainable: bool
 
 
+def param_infos(
+    names: Sequence[str], stubs: Sequence[torch.nn.Parameter], trainable: Set[int]
+) -> list[ParamInfo]:
+    """What is known of parameters, in their order."""
+    return [
+        ParamInfo(
+            pid=pid,
+            name=name,
+            shape=tuple(stub.shape),
+            stride=tuple(stub.stride()),
+            numel=stub.numel(),
+            dtype=stub.dtype,
+            trainable=pid in trainable,
+        )
+        for pid, (name, stub) in enumerate(zip(names, stubs, strict=True))
+    ]
+
+
+def make_bucket(index: int, name: str, params: Sequence[ParamInfo]) -> program_types.Bucket:
+    """The layout of parameters that move together, all of one dtype and all trainable or all frozen."""
+    specs: list[program_types.ParamSpec] = []
+    offset = 0
+    for param in params:
+        specs.append(
+            program_types.ParamSpec(
+                pid=param.pid,
+                name=param.name,
+                shape=param.shape,
+                stride=param.stride,
+                offset=offset,
+                numel=param.numel,
+                trainable=param.trainable,
+            )
+        )
+        offset += _padded(param.numel)
+    return program_types.Bucket(
+        index=index,
+        name=name,
+        dtype=dtype_name(params[0].dtype),
+        params=tuple(specs),
+        numel=offset,
+        trainable=params[0].trainable,
+    )
+
+
+def _padded(numel: int) -> int:
+    align = program_types.PARAM_ALIGN
+    return -(-numel // align) * align
+
+
 def make_buckets(
     params: Sequence[ParamInfo],
     first_stage: Mapping[int, int],
@@ -63,48 +113,28 @@ def make_buckets(
             position[pid],
         )
     )
-    align = program_types.PARAM_ALIGN
     buckets: list[program_types.Bucket] = []
-    specs: list[program_types.ParamSpec] = []
-    offset = 0
+    members: list[ParamInfo] = []
+    numel = 0
     key: tuple[int, bool, torch.dtype] | None = None
 
     def close() -> None:
-        nonlocal specs, offset
-        if specs:
+        nonlocal members, numel
+        if members:
             assert key is not None
             stage = stage_names[key[0]] if key[0] < unread else "unread"
-            buckets.append(
-                program_types.Bucket(
-                    index=len(buckets),
-                    name=f"{stage}:{specs[0].name}",
-                    dtype=dtype_name(key[2]),
-                    params=tuple(specs),
-                    numel=offset,
-                    trainable=key[1],
-                )
-            )
-        specs, offset = [], 0
+            buckets.append(make_bucket(len(buckets), f"{stage}:{members[0].name}", members))
+        members, numel = [], 0
 
     for pid in order:
         param = by_pid[pid]
         this = (first_stage.get(pid, unread), param.trainable, param.dtype)
-        padded = -(-param.numel // align) * align
-        if this != key or offset + padded > bucket_numel:
+        padded = _padded(param.numel)
+        if this != key or numel + padded > bucket_numel:
             close()
         key = this
-        specs.append(
-            program_types.ParamSpec(
-                pid=pid,
-                name=param.name,
-                shape=param.shape,
-                stride=param.stride,
-                offset=offset,
-                numel=param.numel,
-                trainable=param.trainable,
-            )
-        )
-        offset += padded
+        members.append(param)
+        numel += padded
     close()
     return tuple(buckets)
 

@@ -24,6 +24,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import _recursive_joint_graph_passes
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lohan_fx.errors import CaptureError
 from lohan_fx.params import owner_of
@@ -376,6 +377,11 @@ def paused_collector() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()  # into the oldest generation
             gc.enable()
+
+
+def beside_tracing() -> AbstractContextManager[None]:
+    """Within, operations run on real tensors, also while a step is being traced."""
+    return _disable_current_modes()
 
 
 def inherit_stages(backward: fx.Graph) -> None:
