@@ -51,7 +51,7 @@ class Captured:
             problem=problem,
             solution=solution,
             placements=tuple(
-                BucketPlacement(Tier(str(place.weight)), Tier(str(place.state)))
+                BucketPlacement(Tier(str(place.weight)), Tier(str(place.state)), place.streamed)
                 for place in solution.buckets
             ),
             options=_options(solution, problem, poison),
@@ -137,6 +137,7 @@ def _options(solution: Solution, problem: Problem, poison: bool) -> RuntimeOptio
         state_buffers=windows.state_buffers,
         inbound_bytes=windows.inbound_bytes,
         outbound_bytes=windows.outbound_bytes,
+        stream_bytes=windows.stream_bytes,
         speculating=problem.speculating,
         accumulates=problem.accumulates,
         poison=poison,
@@ -173,7 +174,7 @@ class Programs:
         if present is None or (training and not present.training):
             return None
         return {
-            i: BucketPlace(Place(str(p.weight)), Place(str(p.state)))
+            i: BucketPlace(Place(str(p.weight)), Place(str(p.state)), p.streamed)
             for i, p in enumerate(present.placements)
         }
 

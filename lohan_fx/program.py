@@ -89,11 +89,18 @@ class Bucket:
 class BucketPlacement:
     """Tiers of one bucket's weights (compute dtype) and of its optimizer state.
 
-    A state on the GPU is updated there and needs its weight there; any other is updated by the CPU.
+    A state on the GPU is updated there and needs its weight there; any other is updated by the CPU,
+    unless it is `streamed`: then it rests in DRAM, and is copied to the GPU and back for each update.
     """
 
     weight: Tier
     state: Tier
+    streamed: bool = False
+
+    @property
+    def by_gpu(self) -> bool:
+        """True if the GPU makes the bucket's updates, False if the CPU does."""
+        return self.state is Tier.GPU or self.streamed
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def solved(problem: Problem, policy: str, forced: Forced) -> Solution:
 def _digest(problem: Problem, policy: str, forced: Forced) -> str:
     wanted = [
         policy,
-        sorted((index, str(p.weight), str(p.state)) for index, p in forced.buckets.items()),
+        sorted((index, str(place)) for index, place in forced.buckets.items()),
         sorted((index, str(place)) for index, place in forced.activations.items()),
     ]
     text = "\n".join((planner_digest(), json.dumps(wanted), problem.to_json()))

@@ -78,13 +78,24 @@ class Overlap(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BucketPlace:
-    """Tiers of one bucket's weights and of its optimizer state."""
+    """Tiers of one bucket's weights and of its optimizer state.
+
+    `streamed`: the state rests in DRAM, but is copied to the GPU and back for each update, which the
+    GPU makes.
+    """
 
     weight: Place
     state: Place
+    streamed: bool = False
+
+    @property
+    def by_gpu(self) -> bool:
+        """True if the GPU makes the bucket's updates, False if the CPU does."""
+        return self.state is Place.GPU or self.streamed
 
     def __str__(self) -> str:
-        return f"weights {self.weight}, state {self.state}"
+        text = f"weights {self.weight}, state {self.state}"
+        return f"{text} (updated on the GPU)" if self.streamed else text
 
 
 @dataclass(frozen=True, slots=True)

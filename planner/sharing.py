@@ -25,6 +25,7 @@ STAGING = (
     "state_buffers",
     "inbound_bytes",
     "outbound_bytes",
+    "stream_bytes",
 )
 
 

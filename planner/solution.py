@@ -15,6 +15,7 @@ from lohan_fx.errors import LohanError
 from lohan_fx.planner.problem import BucketPlace, Place
 
 SOLUTION_SCHEMA = 1
+_STREAMED = "streamed"  # follows the tiers of a bucket in JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Windows:
       offload_window_bytes  activations on their way out whose stage is over
       reload_window_bytes   activations on their way back whose stage has not begun
       grad_window_bytes     gradients not yet copied out
+      stream_bytes          states in DRAM on their way through the GPU for its update
       An item larger than its window moves alone and is waited for at once.
       closed                positions (see problem's glossary) of stages during which no weight and no
                             activation is on its way to the GPU for a later stage
@@ -46,6 +48,7 @@ class Windows:
     inbound_bytes: int = 0
     outbound_bytes: int = 0
     closed: tuple[int, ...] = ()
+    stream_bytes: int = 0
 
     def closed_stages(self, num_stages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(forward, backward) stages that are closed, of a step of so many."""
@@ -112,7 +115,7 @@ class Solution:
         raw["predicted"]["stall_s"] = dict(self.predicted.stall_s)
         raw["predicted"]["peak_bytes"] = dict(self.predicted.peak_bytes)
         raw["windows"]["closed"] = list(self.windows.closed)
-        raw["buckets"] = [[str(b.weight), str(b.state)] for b in self.buckets]
+        raw["buckets"] = [_place_words(b) for b in self.buckets]
         raw["activations"] = [str(place) for place in self.activations]
         raw["bucket_reasons"] = list(self.bucket_reasons)
         raw["activation_reasons"] = list(self.activation_reasons)
@@ -131,7 +134,7 @@ class Solution:
                 raise LohanError(
                     f"this solution has schema {schema!r}, this version reads {SOLUTION_SCHEMA}"
                 )
-            fields["buckets"] = tuple(BucketPlace(Place(w), Place(s)) for w, s in fields["buckets"])
+            fields["buckets"] = tuple(_bucket_place(*words) for words in fields["buckets"])
             fields["activations"] = tuple(Place(place) for place in fields["activations"])
             windows = fields["windows"]
             fields["windows"] = Windows(**{**windows, "closed": tuple(windows.get("closed", ()))})
@@ -152,6 +155,17 @@ class Solution:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as exc:
             raise LohanError(f"this solution is not JSON: {exc}") from exc
+
+
+def _place_words(place: BucketPlace) -> list[str]:
+    words = [str(place.weight), str(place.state)]
+    return [*words, _STREAMED] if place.streamed else words
+
+
+def _bucket_place(weight: str, state: str, *more: str) -> BucketPlace:
+    if more not in ((), (_STREAMED,)):
+        raise ValueError(f"a bucket's place ends in {more}, which only {_STREAMED!r} may")
+    return BucketPlace(Place(weight), Place(state), streamed=bool(more))
 
 
 @dataclass(frozen=True, slots=True)

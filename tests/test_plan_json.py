@@ -22,7 +22,7 @@ from lohan_fx.plan import (
     json_schema,
     validate_json,
 )
-from lohan_fx.planner import Problem, simulate, solve
+from lohan_fx.planner import BucketPlace, Place, Problem, simulate, solve
 
 ROWS = (
     TensorRow("w", "weight16", 0, (1024, 1024), "bfloat16", 2 * MIB, bucket=0),
@@ -71,6 +71,26 @@ def test_a_plan_says_which_buckets_may_speculate() -> None:
     for wrong in ([-1], "all", None):
         with pytest.raises(LohanError, match="speculating"):
             Plan.from_json(json.dumps(raw | {"speculating": wrong}))
+
+
+def test_a_streamed_state_is_in_the_json_only_where_there_is_one() -> None:
+    plan = made()
+    assert plan.solution is not None
+    streamed = BucketPlace(Place.DRAM, Place.DRAM, streamed=True)
+    solution = dataclasses.replace(plan.solution, buckets=(streamed, *plan.solution.buckets[1:]))
+    plan = dataclasses.replace(plan, solution=solution)
+    raw = json.loads(plan.to_json())
+    assert raw["solution"]["buckets"][0] == ["dram", "dram", "streamed"]
+    assert all(len(place) == 2 for place in raw["solution"]["buckets"][1:])
+    assert Plan.from_json(json.dumps(raw)) == plan
+    raw["solution"]["buckets"][0][2] = "kept"
+    with pytest.raises(LohanError):
+        Plan.from_json(json.dumps(raw))
+    del raw["solution"]["windows"]["stream_bytes"]  # as before there were such states
+    raw["solution"]["buckets"][0] = ["dram", "dram"]
+    again = Plan.from_json(json.dumps(raw)).solution
+    assert again is not None
+    assert again.buckets[0] == BucketPlace(Place.DRAM, Place.DRAM)
 
 
 def test_a_plan_has_every_key_of_the_contract() -> None:

@@ -22,6 +22,7 @@ class RuntimeOptions:
         state_buffers: host buffers through which optimizer state on SSD passes.
         inbound_bytes: pinned staging for everything on its way from SSD to GPU.
         outbound_bytes: pinned staging for activations on their way from GPU to SSD.
+        stream_bytes: GPU memory through which states pass that rest in DRAM and the GPU updates.
         speculating: indices of the buckets that may have a second copy, with overlap="speculative"; None
             is all.
         num_adam_threads: 0 lets the optimizer choose.
@@ -37,6 +38,7 @@ class RuntimeOptions:
     state_buffers: int = 3
     inbound_bytes: int = 0
     outbound_bytes: int = 0
+    stream_bytes: int = 0
     speculating: frozenset[int] | None = None
     num_adam_threads: int = 0
     accumulates: bool = False
