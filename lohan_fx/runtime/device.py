@@ -6,12 +6,17 @@ runs on a side stream, which first waits until the compute stream has passed the
 only for the arrivals in `after`, where those are enough). The compute stream waits for a copy's
 arrival before it reads the destination or the source is dropped. So a buffer's memory always goes
 back in compute-stream order, the host never polls to free device memory, and no event is waited for
-before it was recorded: `copy_in`, `copy_out` and `mark` record it before they return.
+before it was recorded: whatever returns an arrival has recorded it.
+
+[Note: streams beside]
+Work of which a step waits for the result only, if at all, has three more streams: for its copies in,
+its kernels and its copies out. They follow what is in `after` and nothing else, so they hold nothing of
+the step up but by the share of the link that they take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +24,9 @@ import torch
 from lohan_fx.errors import LohanError
 
 from .recorder import About, Recorder
+
+# Copies of one direction: (to, source), bytes of one size.
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 # Every value handed to a kernel starts at a multiple of this many bytes.
 DEVICE_ALIGN = 512
@@ -68,6 +76,20 @@ class Device(Protocol):
         about: About | None = None,
     ) -> Arrival:
         """Start device -> host, after what the compute stream holds now and after `after`."""
+        ...
+
+    def copy_in_beside(self, pairs: Pairs, after: Sequence[Arrival], about: About) -> Arrival:
+        """Start host -> device, one after another; see [Note: streams beside]."""
+        ...
+
+    def copy_out_beside(self, pairs: Pairs, after: Sequence[Arrival], about: About) -> Arrival:
+        """Start device -> host, one after another; see [Note: streams beside]."""
+        ...
+
+    def launch_beside(
+        self, kernels: Callable[[], None], after: Sequence[Arrival], about: About
+    ) -> Arrival:
+        """Launch kernels; see [Note: streams beside]. `about` is the move that their input comes by."""
         ...
 
     def mark(self) -> Arrival:
@@ -135,6 +157,22 @@ class CpuDevice:
         self.bytes_out += source.numel()
         return COMPLETE
 
+    def copy_in_beside(self, pairs: Pairs, after: Sequence[Arrival], about: About) -> Arrival:
+        for to, source in pairs:
+            self.copy_in(to, source, after, about)
+        return COMPLETE
+
+    def copy_out_beside(self, pairs: Pairs, after: Sequence[Arrival], about: About) -> Arrival:
+        for to, source in pairs:
+            self.copy_out(to, source, after, about)
+        return COMPLETE
+
+    def launch_beside(
+        self, kernels: Callable[[], None], after: Sequence[Arrival], about: About
+    ) -> Arrival:
+        kernels()
+        return COMPLETE
+
     def _copy(self, lane: str, to: torch.Tensor, source: torch.Tensor, about: About | None) -> None:
         recorder = self.recorder
         if recorder is None or about is None:
@@ -166,7 +204,7 @@ class CpuDevice:
 
 
 class _CudaArrival:
-    """`copy` is (lane, move) of the copy that arrives, where that is recorded."""
+    """`copy` is (lane, move) of the copy that arrives, or that kernels waited for, where it is recorded."""
 
     __slots__ = ("copy", "event")
 
@@ -187,7 +225,7 @@ _REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context of 
 
 
 class CudaDevice:
-    """One CUDA device with a stream of its own for each direction of the link."""
+    """One CUDA device with streams of their own for each direction of the link, and for work beside."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -196,8 +234,13 @@ class CudaDevice:
         self.bytes_in = 0
         self.bytes_out = 0
         self.recorder: Recorder | None = None
-        self._h2d = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        self._d2h = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._h2d, self._d2h = self._stream(), self._stream()
+        self._h2d_beside, self._d2h_beside = self._stream(), self._stream()
+        # Copies wait for these kernels, which are short; behind those of the step they would come late.
+        self._kernels = self._stream(priority=-1)
+
+    def _stream(self, priority: int = 0) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device, priority)  # type: ignore[no-untyped-call]
 
     def _compute(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self.device)
@@ -218,7 +261,7 @@ class CudaDevice:
         else:
             self._hold(self._h2d, after)
         self.bytes_in += source.numel()
-        return self._copy(self._h2d, to, source, "h2d", about)
+        return self._copy(self._h2d, ((to, source),), "h2d", about)
 
     def copy_out(
         self,
@@ -230,7 +273,25 @@ class CudaDevice:
         self._d2h.wait_stream(self._compute())
         self._hold(self._d2h, after)
         self.bytes_out += source.numel()
-        return self._copy(self._d2h, to, source, "d2h", about)
+        return self._copy(self._d2h, ((to, source),), "d2h", about)
+
+    def copy_in_beside(self, pairs: Pairs, after: Sequence[Arrival], about: About) -> Arrival:
+        self._hold(self._h2d_beside, after)
+        self.bytes_in += sum(source.numel() for _, source in pairs)
+        return self._copy(self._h2d_beside, pairs, "h2d", about)
+
+    def copy_out_beside(self, pairs: Pairs, after: Sequence[Arrival], about: About) -> Arrival:
+        self._hold(self._d2h_beside, after)
+        self.bytes_out += sum(source.numel() for _, source in pairs)
+        return self._copy(self._d2h_beside, pairs, "d2h", about)
+
+    def launch_beside(
+        self, kernels: Callable[[], None], after: Sequence[Arrival], about: About
+    ) -> Arrival:
+        self._hold(self._kernels, after)
+        with torch.cuda.stream(self._kernels):
+            kernels()
+        return _CudaArrival(self._kernels, None if self.recorder is None else ("h2d", about))
 
     @staticmethod
     def _hold(stream: torch.cuda.Stream, arrivals: Sequence[Arrival]) -> None:
@@ -241,16 +302,16 @@ class CudaDevice:
     def _copy(
         self,
         stream: torch.cuda.Stream,
-        to: torch.Tensor,
-        source: torch.Tensor,
+        pairs: Pairs,
         lane: str,
         about: About | None,
     ) -> Arrival:
         recorder = self.recorder if about is not None else None
         start = None if recorder is None else recorder.now(stream)
-        # Both sides are contiguous bytes, so this is one cudaMemcpyAsync and no temporary.
+        # Both sides are contiguous bytes, so each is one cudaMemcpyAsync and no temporary.
         with torch.cuda.stream(stream):
-            to.copy_(source, non_blocking=True)
+            for to, source in pairs:
+                to.copy_(source, non_blocking=True)
         if recorder is None or about is None:
             return _CudaArrival(stream)
         arrival = _CudaArrival(stream, (lane, about))
@@ -273,8 +334,8 @@ class CudaDevice:
 
     def join(self) -> None:
         compute = self._compute()
-        compute.wait_stream(self._h2d)
-        compute.wait_stream(self._d2h)
+        for stream in (self._h2d, self._d2h, self._h2d_beside, self._kernels, self._d2h_beside):
+            compute.wait_stream(stream)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
