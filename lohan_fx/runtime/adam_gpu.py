@@ -1,4 +1,4 @@
-"""The update of buckets whose optimizer state is in device memory, on the compute stream."""
+"""The update of optimizer state that is in device memory, on the current stream."""
 
 from __future__ import annotations
 
@@ -54,14 +54,13 @@ def update_on_device(updates: Sequence[Update], scale: Scale) -> None:
         from .adam_triton import adam_update
 
         for update in updates:
-            factors = native.adam_factors(adam_step(update.group, update.step, scale))
             adam_update(
                 update.master,
                 update.exp_avg,
                 update.exp_avg_sq,
                 update.grad,
                 update.weight,
-                factors,
+                _factors(update.group, update.step, scale),
             )
     else:
         for batch in _batches(updates):
@@ -78,6 +77,11 @@ def workspace_bytes(largest_numel: int, device: torch.device) -> int:
     if device.type == "cpu" or has_triton():
         return 0
     return 4 * min(largest_numel, _BATCH_ELEMENTS)
+
+
+@functools.lru_cache(maxsize=64)
+def _factors(group: AdamGroup, step: int, scale: Scale) -> tuple[Any, ...]:
+    return native.adam_factors(adam_step(group, step, scale))
 
 
 def adam_step(group: AdamGroup, step: int, scale: Scale) -> native.AdamStep:
