@@ -14,14 +14,13 @@ from toy import (
     Hyper,
     Reference,
     S,
+    all_places,
     make_buckets,
     make_program,
     make_runtime,
     make_slots,
     place,
 )
-
-from lohan_fx.program import Tier
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +35,7 @@ MODES = ["backward", "next-forward", "speculative", "serial", "naive"]
 def test_steps_on_cuda_have_the_bits_of_plain_adam(
     tmp_path: Path, dtype: str, mode: str, linger: int
 ) -> None:
-    placements = [place(*tiers) for tiers in PLACES[dtype]] * 3
+    placements = all_places(dtype) * 3
     buckets = make_buckets(len(placements) + 1, dtype, frozen=[len(placements)])
     placements.append(place(S, S))
     program = make_program(buckets, make_slots([D, S, S, D, S, S, D], dtype))
@@ -54,8 +53,8 @@ def test_steps_on_cuda_have_the_bits_of_plain_adam(
     for _ in range(4):
         driver.train(program)
         reference.step()
-    on_gpu = frozenset(i for i, p in enumerate(placements) if p.state is Tier.GPU)
-    reference.check(runtime, rounded=on_gpu)
+    by_gpu = frozenset(i for i, p in enumerate(placements) if p.by_gpu)
+    reference.check(runtime, rounded=by_gpu)
     runtime.close()
 
 

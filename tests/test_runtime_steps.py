@@ -15,6 +15,7 @@ from toy import (
     Hyper,
     Reference,
     S,
+    all_places,
     evaluation,
     make_buckets,
     make_program,
@@ -34,7 +35,7 @@ MODES = ["backward", "next-forward", "speculative", "serial", "naive"]
 def test_steps_over_all_tiers_have_the_bits_of_plain_adam(
     tmp_path: Path, dtype: str, mode: str
 ) -> None:
-    placements = [place(*tiers) for tiers in PLACES[dtype]] * 2
+    placements = all_places(dtype) * 2
     buckets = make_buckets(len(placements) + 2, dtype, frozen=[len(placements)])
     placements += [place(S, S), place(D, S)]
     slots = make_slots([D, S, S, D, S], dtype)
@@ -57,7 +58,7 @@ def test_steps_over_all_tiers_have_the_bits_of_plain_adam(
 def test_parameters_without_a_gradient_or_a_group_keep_their_values(
     tmp_path: Path, dtype: str, mode: str
 ) -> None:
-    placements = [place(*tiers) for tiers in PLACES[dtype]]
+    placements = all_places(dtype)
     buckets = make_buckets(len(placements), dtype)
     skip = [3 * i + i % 3 for i in range(len(buckets))]
     hyper = Hyper(left_out=frozenset(3 * i + (i + 1) % 3 for i in range(len(buckets))))
@@ -89,9 +90,9 @@ def test_each_group_has_its_own_scalars(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("copies")
 def test_an_evaluation_between_steps_sees_the_newest_weights(tmp_path: Path) -> None:
-    buckets = make_buckets(7, "bfloat16")
+    placements = all_places("bfloat16")
+    buckets = make_buckets(len(placements), "bfloat16")
     program = make_program(buckets)
-    placements = [place(*tiers) for tiers in PLACES["bfloat16"]]
     runtime = make_runtime(
         tmp_path,
         buckets,
@@ -148,10 +149,9 @@ def test_programs_of_other_shapes_take_turns(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("mode", ["backward", "next-forward", "speculative"])
 def test_buckets_may_migrate_between_steps(tmp_path: Path, mode: str) -> None:
-    tiers = PLACES["bfloat16"]
-    buckets = make_buckets(len(tiers), "bfloat16")
+    placements = all_places("bfloat16")
+    buckets = make_buckets(len(placements), "bfloat16")
     programs = [make_program(buckets, index=i) for i in range(3)]
-    placements = [place(*pair) for pair in tiers]
     runtime = make_runtime(tmp_path, buckets, placements, programs, hyper=Hyper(), overlap=mode)
     driver, reference = Driver(runtime, buckets), Reference(buckets)
     for turn in range(3):

@@ -20,6 +20,7 @@ from toy import (
     Hyper,
     Reference,
     S,
+    all_places,
     gradient,
     make_buckets,
     make_program,
@@ -37,7 +38,7 @@ def start(
     tmp_path: Path, hyper: Hyper, dtype: str = "bfloat16", **options: object
 ) -> tuple[Runtime, Driver, Reference]:
     """One bucket at each pair of tiers, in the order of PLACES, one program, an optimizer."""
-    placements = [place(*tiers) for tiers in PLACES[dtype]]
+    placements = all_places(dtype)
     buckets = make_buckets(len(placements), dtype)
     runtime = make_runtime(
         tmp_path,
@@ -179,7 +180,7 @@ def test_a_backward_that_fails_leaves_the_values_of_the_last_step(tmp_path: Path
 def test_second_copies_go_along_when_buckets_migrate(tmp_path: Path) -> None:
     hyper = Hyper(max_grad_norm=1e9)
     runtime, driver, reference = start(tmp_path, hyper)
-    placements = [place(*tiers) for tiers in PLACES["bfloat16"]]
+    placements = all_places("bfloat16")
     for _ in range(4):
         train(runtime, driver)
         reference.step()

@@ -38,8 +38,20 @@ PLACES = {
 }
 
 
+# States in DRAM that the GPU updates: they need a master apart from the weight.
+STREAMED = {
+    "float32": [],
+    "bfloat16": [BucketPlacement(G, D, streamed=True), BucketPlacement(D, D, streamed=True)],
+}
+
+
 def place(weight: Tier, state: Tier) -> BucketPlacement:
     return BucketPlacement(weight, state)
+
+
+def all_places(dtype: str) -> list[BucketPlacement]:
+    """Every place that a bucket may have: those of PLACES, then STREAMED."""
+    return [*(place(*tiers) for tiers in PLACES[dtype]), *STREAMED[dtype]]
 
 
 def make_buckets(count: int, dtype: str = "float32", *, frozen: Sequence[int] = ()) -> list[Bucket]:
@@ -183,6 +195,7 @@ SIZES = {
     "grad_window_bytes": 4096,
     "inbound_bytes": 1 << 16,
     "outbound_bytes": 1 << 15,
+    "stream_bytes": 3 * 12 * 1024,  # a bucket is two or three pieces
     "grad_buffers": 2,
     "num_adam_threads": 1,
     "deadline_s": 20.0,

@@ -65,6 +65,7 @@ class BucketHome:
         self._pools = pools
         self.bucket = bucket
         self.dtype: torch.dtype = getattr(torch, bucket.dtype)
+        self.streamed = placement.streamed  # see [Note: streamed states]
         self.weight: Resting = self._allocate_weight(placement.weight)
         try:
             self.state: Resting | None = (
@@ -91,7 +92,7 @@ class BucketHome:
 
     @property
     def updated_by_cpu(self) -> bool:
-        return self.state is not None and self.state.tier is not Tier.GPU
+        return self.state is not None and self.state.tier is not Tier.GPU and not self.streamed
 
     def _allocate_weight(self, tier: Tier) -> Resting:
         what = f"the weights of {self.bucket.name}"
@@ -121,7 +122,8 @@ class BucketHome:
     @property
     def may_speculate(self) -> bool:
         """True where the CPU updates from and to memory alone."""
-        return self.state_tier is Tier.DRAM and self.weight_tier is not Tier.SSD
+        in_memory = self.state_tier is Tier.DRAM and self.weight_tier is not Tier.SSD
+        return in_memory and not self.streamed
 
     def keep_spare(self, on: bool) -> None:
         """Have a second copy, or not; its values mean nothing."""
@@ -163,7 +165,7 @@ class BucketHome:
         if tier is Tier.GPU:
             return OnGpu(self._pools, nbytes, what)
         if tier is Tier.DRAM:
-            return InDram(self._pools, nbytes, what, pinned=False)
+            return InDram(self._pools, nbytes, what, pinned=self.streamed)
         return OnSsd(self._pools, nbytes, what)
 
     def place(self, section: str) -> Place:
@@ -265,9 +267,9 @@ class BucketHome:
             for spec in self.bucket.params
             if spec.pid in values
         ]
-        inside_P = self._in_dram(sections[0])
+        inside_P = self.host_section(sections[0])
         size = min(numel, PIECE_NUMEL)
-        if all(self._in_dram(section) is not None for section in sections) and all(
+        if all(self.host_section(section) is not None for section in sections) and all(
             isinstance(value, torch.Tensor) and value.device.type == "cpu"
             for value in values.values()
         ):
@@ -283,14 +285,14 @@ class BucketHome:
                     part_P[first - start : last - start].copy_(found_N)
             for index, section in enumerate(sections):
                 place, dtype = self.place(section), self.section_dtype(section)
-                target_P = self._in_dram(section)
+                target_P = self.host_section(section)
                 if target_P is None:
                     data = cast(part_P, dtype).view(torch.uint8)
                     place.home.write(place.offset + start * dtype.itemsize, data)
                 elif index:
                     target_P[start:stop].copy_(part_P)
 
-    def _in_dram(self, section: str) -> torch.Tensor | None:
+    def host_section(self, section: str) -> torch.Tensor | None:
         """A section as a typed tensor of shape (P,) where it is in DRAM."""
         place, dtype = self.place(section), self.section_dtype(section)
         if not isinstance(place.home, InDram):
@@ -321,6 +323,8 @@ class BucketHome:
         """
         check_placement(self.bucket, placement)
         assert self.spare is None, "a second copy does not move"
+        if not placement.streamed:
+            self._stream(False)
         if placement.weight is not self.weight.tier:
             moved = self._allocate_weight(placement.weight)
             self._copy(self.weight, moved, self.bucket.weight_bytes)
@@ -333,8 +337,15 @@ class BucketHome:
             self._copy(self.state, moved, nbytes)
             self.state, old = moved, self.state
             old.free()
+        if placement.streamed:
+            self._stream(True)
         if self.accum is not None and self.state is not None:
             self._move_accum(self.state.tier)
+
+    def _stream(self, on: bool) -> None:
+        if isinstance(self.state, InDram):
+            self._pools.pin(self.state.memory, on)
+        self.streamed = on
 
     def _move_accum(self, state: Tier) -> None:
         assert self.accum is not None
@@ -365,9 +376,16 @@ def state_section_bytes(bucket: Bucket) -> int:
 
 def check_placement(bucket: Bucket, placement: BucketPlacement) -> None:
     """Raise PlanMismatch for tiers that no update rule covers."""
+    weight, state = placement.weight, placement.state
+    if placement.streamed and (
+        not bucket.has_master or state is not Tier.DRAM or weight is Tier.SSD
+    ):
+        raise PlanMismatch(
+            f"{bucket.name}: only a state in DRAM, with masters apart from weights on the GPU or in DRAM, "
+            f"passes through the GPU, not one in {state} with weights in {weight}"
+        )
     if not bucket.trainable:
         return
-    weight, state = placement.weight, placement.state
     if state is Tier.GPU and weight is not Tier.GPU:
         raise PlanMismatch(
             f"{bucket.name}: a state on the GPU is updated there and needs its weights there, not in "

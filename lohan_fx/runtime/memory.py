@@ -175,6 +175,17 @@ class Pools:
         self._hosts[memory.address] = memory
         return memory
 
+    def pin(self, memory: HostBytes, on: bool) -> None:
+        """Pin an allocation where it is, or no longer.
+
+        Raises LohanError where the driver refuses; it is as it was then.
+        """
+        if on and not memory.pinned:
+            self.device.pin(memory.address, memory.nbytes)
+        elif memory.pinned and not on:
+            self.device.unpin(memory.address)
+        memory.pinned = on
+
     def free_host(self, memory: HostBytes) -> None:
         """Give the pages back; nothing may be in flight to or from them."""
         del self._hosts[memory.address]

@@ -194,10 +194,12 @@ class Passes:
         windows.pump()
         home = self._resources.store.homes[bucket]
         item = self._current().fetched[bucket]
-        if item is None:
+        memory = None if item is None else windows.inbound.receive(item)
+        if memory is None or home.streamed:
             windows.updates.under_way.settle_on_device(bucket)
+        if memory is None:
             return home.views()
-        return param_views(home.bucket, home.dtype, windows.inbound.receive(item).bytes)
+        return param_views(home.bucket, home.dtype, memory.bytes)
 
     def release(self, bucket: int) -> None:
         current, windows = self._current(), self._resources.opened()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-# A move (or "adam", "upload", "gradient") and the bucket or slot that it moves.
+# A move (or "adam", "upload", "gradient", "state in", "state out") and the bucket or slot that it moves.
 About = tuple[str, int]
 Point = Any  # float or torch.cuda.Event
 
@@ -29,7 +29,14 @@ _LANE_OF_WAIT = {
     "gradient buffer": "cpu_adam",
     "gradient norm": "gpu",
 }
-_PASS_OF = {"gradient": "backward", "offload": "forward", "upload": "update", "adam": "update"}
+_PASS_OF = {
+    "gradient": "backward",
+    "offload": "forward",
+    "upload": "update",
+    "adam": "update",
+    "state in": "update",
+    "state out": "update",
+}
 
 
 class Clock(Protocol):

@@ -13,6 +13,7 @@ from .buckets import BucketHome
 from .device import Arrival
 from .gradients import GradBuffer
 from .jobs import Job
+from .memory import Account
 
 
 class UpdateState(enum.Enum):
@@ -26,6 +27,8 @@ class UpdateState(enum.Enum):
     UPDATING: the CPU is making new weights; those at rest must not be read.
     UPLOADING: the new weights are being copied from the gradient buffer to their place on the GPU;
         the compute stream must wait for the upload before it reads them.
+    STREAMING: as UPLOADING, but the GPU makes them of a state that passes through it, from gradients
+        that stay there until then: see [Note: streamed states] in streamed.py.
     """
 
     IDLE = enum.auto()
@@ -33,14 +36,21 @@ class UpdateState(enum.Enum):
     WAITING = enum.auto()
     UPDATING = enum.auto()
     UPLOADING = enum.auto()
+    STREAMING = enum.auto()
 
 
 _NEXT: dict[UpdateState, tuple[UpdateState, ...]] = {
     UpdateState.IDLE: (UpdateState.GATHERING,),
-    UpdateState.GATHERING: (UpdateState.WAITING, UpdateState.UPDATING, UpdateState.IDLE),
-    UpdateState.WAITING: (UpdateState.UPDATING, UpdateState.IDLE),
+    UpdateState.GATHERING: (
+        UpdateState.WAITING,
+        UpdateState.UPDATING,
+        UpdateState.STREAMING,
+        UpdateState.IDLE,
+    ),
+    UpdateState.WAITING: (UpdateState.UPDATING, UpdateState.STREAMING, UpdateState.IDLE),
     UpdateState.UPDATING: (UpdateState.UPLOADING, UpdateState.IDLE),
     UpdateState.UPLOADING: (UpdateState.IDLE,),
+    UpdateState.STREAMING: (UpdateState.IDLE,),
 }
 
 
@@ -58,7 +68,7 @@ class Record:
     last_copy: Arrival | None = None  # the copy out of the last gradient
     fetched: Arrival | None = None  # this backward's copy in of the weights
     buffer: GradBuffer | None = None  # filled, or waiting
-    grads: dict[int, torch.Tensor] = field(default_factory=dict)  # flat; GPU-updated buckets only
+    grads: dict[int, torch.Tensor] = field(default_factory=dict)  # flat; where the GPU updates
     adding: Job | None = None  # puts gradients into the sums
     job: Job | None = None  # UPDATING
     upload: Arrival | None = None  # UPLOADING
@@ -71,6 +81,12 @@ class Record:
     def events(self) -> tuple[Arrival, ...]:
         """After which the gradients are in the buffer, and the weights may be overwritten."""
         return tuple(e for e in (self.last_copy, self.fetched) if e is not None)
+
+    def drop_grads(self, account: Account) -> None:
+        """Give back gradients kept on the GPU, which `account` counts."""
+        for grad in self.grads.values():
+            account.give(grad.numel() * grad.element_size())
+        self.grads.clear()
 
     def advance(self, to: UpdateState) -> None:
         assert to in _NEXT[self.state], f"{self.bucket.name}: {self.state.name} to {to.name}"

@@ -18,6 +18,7 @@ Runtime      its life, from taking values over to giving all back; what a traini
         norms      how large they are, whether they are finite
         jobs       what the CPU does: updates, sums of several backwards
         speculation  updates before step() has decided on them
+        streamed   updates on the GPU of states that rest in DRAM
     store        all buckets, and their way from tier to tier
       buckets      weights and optimizer state of one, at rest
       resting      allocations of one tier

@@ -106,7 +106,7 @@ class BucketStore:
         left = [
             index
             for index, placement in placements.items()
-            if self._tiers(index) != (placement.weight, placement.state)
+            if self._place(index) != (placement.weight, placement.state, placement.streamed)
         ]
         for index in left:
             self.homes[index].keep_spare(False)
@@ -153,9 +153,9 @@ class BucketStore:
             if only is None or index in only:
                 home.keep_spare(True)
 
-    def _tiers(self, index: int) -> tuple[Tier, Tier | None]:
+    def _place(self, index: int) -> tuple[Tier, Tier | None, bool]:
         home = self.homes[index]
-        return home.weight_tier, home.state_tier
+        return home.weight_tier, home.state_tier, home.streamed
 
     def find(self, pid: int) -> tuple[BucketHome, ParamSpec]:
         """Raises LohanError for a pid that no bucket holds."""

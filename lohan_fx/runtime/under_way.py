@@ -1,4 +1,4 @@
-"""Jobs of the optimizer from their submission until their weights are in place and their buffers free."""
+"""Updates from their submission until their weights are in place and their buffers free."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from contextlib import contextmanager
 from lohan_fx.errors import LohanError, TransferError
 from lohan_fx.program import Tier
 
-from .device import Device
+from .device import Arrival, Device
 from .gradients import GradBuffer, GradBuffers
 from .jobs import Job, JobQueue, runs
 from .options import Progress
 from .records import Record, UpdateState
 from .resting import OnGpu
+from .streamed import Streamed
 from .waits import Waits
 
 
 class UnderWay:
-    """Follows every job that makes weights or sums.
+    """Follows every job that makes weights or sums, and what the GPU updates beside the step.
 
     Args:
         records: all trainable buckets, by index.
         buffers: what jobs read gradients from; jobs give them back here.
+        streamed: what the GPU updates of states in DRAM.
         progress: is told where a failed job leaves the weights between two steps.
     """
 
@@ -31,6 +33,7 @@ class UnderWay:
         records: Mapping[int, Record],
         jobs: JobQueue,
         buffers: GradBuffers,
+        streamed: Streamed,
         device: Device,
         waits: Waits,
         progress: Progress,
@@ -38,17 +41,20 @@ class UnderWay:
         self._records = records
         self._jobs = jobs
         self._buffers = buffers
+        self._streamed = streamed
         self._device = device
         self._waits = waits
         self._progress = progress
 
     def is_settled(self, bucket: int) -> bool:
-        """May the weights at rest be read by the host?
+        """May the weights at rest be read by the host, or copied in after what is in `stored`?
 
         Raises:
             TransferError: their update failed.
         """
         record = self._records.get(bucket)
+        if record is not None and record.state is UpdateState.STREAMING:
+            self._streamed.issue(record)
         if record is None or record.job is None:
             return True
         if not self._jobs.has_weights(record.job):
@@ -68,8 +74,13 @@ class UnderWay:
                 self._wait_weights(record.job)
             self._progress_of(record.job)
 
+    def stored(self, bucket: int) -> tuple[Arrival, ...]:
+        """Copies out that a copy in of settled weights in DRAM must follow."""
+        return self._streamed.stored(bucket)
+
     def settle_on_device(self, bucket: int) -> None:
-        """Let the compute stream wait for the newest weights of a GPU-resident bucket."""
+        """Let the compute stream wait for the newest weights of a bucket, where they are made or copied
+        on the device."""
         self.settle(bucket)
         record = self._records.get(bucket)
         if record is not None and record.state is UpdateState.UPLOADING:
@@ -77,11 +88,14 @@ class UnderWay:
             self._device.wait(record.upload)
             record.upload = None
             record.advance(UpdateState.IDLE)
+        elif record is not None and record.state is UpdateState.STREAMING:
+            self._streamed.settle(record)
 
     def drain(self) -> None:
         """Block until every update under way is complete, write-back and upload included."""
         for job in self._jobs:
             self.finish(job, "adam")
+        self._streamed.drain()
         for index, record in self._records.items():
             if record.upload is not None:
                 name = f"the upload of {record.bucket.name}"
@@ -90,6 +104,7 @@ class UnderWay:
 
     def pump(self) -> None:
         """Upload what has been updated, free its buffers, report failures; never blocks."""
+        self._streamed.pump()
         if self._jobs and self._jobs.any_progress():
             self._progress_of_all()
 

@@ -42,6 +42,7 @@ from .records import Record, UpdateState
 from .resting import OnSsd
 from .speculation import Speculation
 from .store import BucketStore
+from .streamed import Streamed
 from .sums import add_on_device, adds_of, sum_of
 from .under_way import UnderWay
 from .waits import Waits
@@ -94,7 +95,16 @@ class Updates:
         self._buffers = GradBuffers(
             pools, by_cpu, None if self._overlap.waits_for_step else options.grad_buffers
         )
-        self.under_way = UnderWay(self._records, self._jobs, self._buffers, device, waits, progress)
+        streamed = [r.home for r in self._records.values() if r.home.streamed]
+        if streamed and options.accumulates:
+            raise LohanError(
+                f"the state of {streamed[0].bucket.name} passes through the GPU, which has no sum of "
+                "several backwards for it"
+            )
+        self._streamed = Streamed(pools, device, waits, streamed, options.stream_bytes)
+        self.under_way = UnderWay(
+            self._records, self._jobs, self._buffers, self._streamed, device, waits, progress
+        )
         self._speculation = Speculation(self._jobs, device, waits)
         self._norms: GradNorms | None = None
         if self._overlap.waits_for_step:
@@ -347,6 +357,8 @@ class Updates:
         self._scale = Scale()
         if self._overlap is Overlap.SERIAL:
             self.under_way.drain()
+        else:
+            self._streamed.pump()
 
     def _start_all(self, order: Iterable[int]) -> None:
         """Start what waits, GPU updates first; sums that got no gradient in the last backward, too."""
@@ -373,6 +385,7 @@ class Updates:
         self._jobs.close()
         self._window.clear()
         self._buffers.close()
+        self._streamed.close()
         if self._norms is not None:
             self._norms.close()
             self._norms = None
@@ -380,7 +393,7 @@ class Updates:
     def stats(self) -> dict[str, float]:
         ahead = self._speculation
         counts = {"made_ahead": ahead.made_ahead, "made_in_vain": ahead.made_in_vain}
-        return self._jobs.stats() | counts
+        return self._jobs.stats() | counts | {"streamed": self._streamed.count}
 
     @property
     def buffer_bytes(self) -> int:
@@ -535,13 +548,17 @@ class Updates:
         if job is not None:
             self.under_way.follow(record, job)
             return
-        if not home.updated_by_cpu:
-            self._update_on_gpu(record, updated)
-        elif updated:
+        if not updated:
+            record.drop_grads(self._pools.gpu)
+            self.under_way.give_buffer(record)
+        elif home.streamed:
+            self._streamed.submit(record, updated, self._scale)
+            return
+        elif home.updated_by_cpu:
             self._submit(record, updated)
             return
         else:
-            self.under_way.give_buffer(record)
+            self._update_on_gpu(record, updated)
         home.accumulated.clear()
         record.advance(UpdateState.IDLE)
 
@@ -571,7 +588,7 @@ class Updates:
         update_on_device(updates, self._scale)
         if recorder is not None:
             recorder.leave()
-        self._drop_grads(record)
+        record.drop_grads(self._pools.gpu)
 
     def _submit(self, record: Record, updated: Sequence[Updated]) -> None:
         home, buffer, events = record.home, record.buffer, record.events
@@ -619,14 +636,9 @@ class Updates:
             to = buffer.memory.bytes[start : start + spec.numel * size]
             record.home.weight.read(start, to)
 
-    def _drop_grads(self, record: Record) -> None:
-        for grad in record.grads.values():
-            self._pools.gpu.give(grad.numel() * grad.element_size())
-        record.grads.clear()
-
     def _forget_gradients(self, record: Record) -> None:
         if record.state in (UpdateState.GATHERING, UpdateState.WAITING):
-            self._drop_grads(record)
+            record.drop_grads(self._pools.gpu)
             # Copies out into it may be under way; later ones, and their readers, follow them.
             self.under_way.give_buffer(record)
             record.advance(UpdateState.IDLE)

@@ -126,4 +126,4 @@ class _BucketSource:
         return self._home.weight.extent, 0
 
     def after(self) -> Sequence[Arrival]:
-        return ()
+        return self._updates.under_way.stored(self._home.bucket.index)
