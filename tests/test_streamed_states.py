@@ -28,8 +28,11 @@ from toy import (
 )
 
 from lohan_fx.errors import LohanError, PlanMismatch, TrainingLoopError, TransferError
+from lohan_fx.planner import MEMORY_CLASSES
 from lohan_fx.program import Bucket, BucketPlacement, Move, Program
 from lohan_fx.runtime import AdamGroup, Runtime
+from lohan_fx.runtime.holdings import Holdings
+from lohan_fx.runtime.recorder import Recorder
 from lohan_fx.runtime.records import Record
 from lohan_fx.runtime.resting import InDram
 
@@ -305,6 +308,40 @@ def test_step_issues_one_update_and_leaves_the_others_to_the_next_forward(
     runtime.passes.abort()
     reference.step()
     reference.check(runtime)
+    runtime.close()
+
+
+def test_the_ring_is_a_buffer_and_what_waits_for_it_are_gradients(
+    tmp_path: Path, late: list[LateDevice]
+) -> None:
+    runtime, driver, _, program = start(tmp_path, [ON_GPU] * 2)
+    driver.train(program)
+    resources, windows = runtime._resources, runtime._resources.opened()
+    parts = windows.inbound, windows.slots, windows.updates
+    row = Holdings(resources.pools, resources.store, *parts).gpu(0)
+    assert dict(zip(MEMORY_CLASSES, row, strict=True)) == {
+        "weights": sum(bucket.weight_bytes for bucket in driver.buckets),
+        "gradients": sum(grads_of(bucket) for bucket in driver.buckets),
+        "optimizer": 0,
+        "activations": 0,
+        "workspace": 0,
+        "buffers": SIZES["stream_bytes"],
+    }
+    runtime.close()
+
+
+def test_a_recording_shows_states_on_their_way_in_and_out(tmp_path: Path) -> None:
+    runtime, driver, _, program = start(tmp_path, [ON_GPU, IN_DRAM])
+    recorder = Recorder(runtime.device)
+    runtime.observer.record(recorder)
+    driver.train(program)
+    (timeline,) = runtime.observer.recorded(recorder)
+    seen = {(s.lane, s.what, s.index) for s in timeline.spans if s.in_pass == "update"}
+    assert seen == {
+        (lane, what, index)
+        for lane, what in (("h2d", "state in"), ("d2h", "state out"))
+        for index in (0, 1)
+    }
     runtime.close()
 
 

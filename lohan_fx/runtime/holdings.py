@@ -43,6 +43,7 @@ class Holdings:
         held = dict(self._at_rest[Tier.GPU])
         held["weights"] += self._inbound.held_bytes("fetch")
         held["activations"] = self._inbound.held_bytes("reload")
+        held["buffers"] = self._updates.ring_bytes
         held["gradients"] = self._pools.gpu.current_bytes - sum(held.values())
         held["activations"] += unaccounted
         return _row(held)

@@ -145,6 +145,11 @@ class Streamed:
         for start in range(0, NUM_SLOTS * size, size):
             self._slots.append(_Slot(self._memory.bytes[start : start + size], mark))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ring."""
+        return 0 if self._memory is None else self._memory.nbytes
+
     def submit(self, record: Record, updated: Sequence[Updated], scale: Scale) -> None:
         """Update a bucket from the gradients in its record, which are complete."""
         record.advance(UpdateState.STREAMING)

@@ -400,6 +400,11 @@ class Updates:
         """Host memory that gradients pass through."""
         return self._buffers.nbytes
 
+    @property
+    def ring_bytes(self) -> int:
+        """Device memory that states in DRAM pass through."""
+        return self._streamed.nbytes
+
     def take_trace(self) -> list[tuple[str, str, float, float]]:
         """(bucket, lane, start, end) of finished work, seconds of CLOCK_MONOTONIC."""
         return self._jobs.take_trace()
