@@ -37,7 +37,7 @@ from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.lohan import lohan
 from lohan_fx.planner.occupancy import Occupant, dram_occupants, gpu_occupants
 from lohan_fx.planner.optimal import best_of
-from lohan_fx.planner.places import activation_places, bucket_places
+from lohan_fx.planner.places import activation_places, bucket_places, streamed_places
 from lohan_fx.planner.policies import default_overlap
 from lohan_fx.planner.problem import (
     Activation,
@@ -150,6 +150,7 @@ __all__ = [
     "solve",
     "speculates",
     "start_with_least_dram",
+    "streamed_places",
     "validate",
     "with_speculation",
 ]

@@ -8,6 +8,7 @@ proportion.
 
 from __future__ import annotations
 
+import copy
 import enum
 import math
 from collections.abc import Callable
@@ -112,6 +113,19 @@ class Fluid:
             raise LohanError(f"this plan needs lane {LANE_NAMES[job.lane]}, which does not exist")
         else:
             self.active[job.lane] = job
+
+    def interrupt(self, lane: Lane) -> Job | None:
+        """Take its job from a lane, which has begun it; None if the lane is free.
+
+        What is done of it counts as a job that has ended; the rest can begin again.
+        """
+        job = self.active[lane]
+        self.active[lane] = None
+        if job is not None and self.now_s > job.start_s:
+            done = copy.copy(job)
+            done.work, done.then = job.work - job.left, None
+            self._finish(done)
+        return job
 
     def advance(self) -> bool:
         """Move the clock to the next end of a job and finish what ends there; False if all is idle."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner.ledger import Ledger, Room
-from lohan_fx.planner.places import activation_places, bucket_places
+from lohan_fx.planner.places import activation_places, bucket_places, streamed_places
 from lohan_fx.planner.problem import Activation, BucketPlace, Place, Problem
 from lohan_fx.planner.solution import Forced
 
@@ -20,8 +20,9 @@ def check_forced(problem: Problem, forced: Forced) -> None:
             raise InfeasiblePlan(f"a place is forced on {kind} {unknown[0]}; there are {count}")
     for index, place in forced.buckets.items():
         bucket = problem.buckets[index]
-        if place not in bucket_places(bucket):
-            allowed = "; ".join(str(p) for p in bucket_places(bucket))
+        possible = (*bucket_places(bucket), *streamed_places(problem, bucket))
+        if place not in possible:
+            allowed = "; ".join(map(str, possible))
             raise InfeasiblePlan(f"bucket {bucket.name!r} cannot have {place}; it can: {allowed}")
     for index, kept in forced.activations.items():
         activation = problem.activations[index]

@@ -31,6 +31,7 @@ from lohan_fx.planner.problem import (
 )
 from lohan_fx.planner.solution import Windows
 from lohan_fx.planner.traffic import (
+    STREAM_BYTES,
     Floats,
     Ints,
     accumulator_bytes,
@@ -40,6 +41,7 @@ from lohan_fx.planner.traffic import (
     stage_traffic,
     state_buffer_bytes,
     state_section_bytes,
+    stream_piece,
     weight_section_bytes,
 )
 
@@ -93,10 +95,28 @@ def bucket_spans(problem: Problem, bucket: Bucket, place: BucketPlace) -> list[S
         spans.append((0, end, state_section_bytes(bucket)))
         if problem.accumulates:
             spans.append((0, end, accumulator_bytes(bucket)))
-        first, last = gradient_interval(bucket)
-        done = end if problem.overlap.waits_for_step else 2 * num_stages - last
-        spans.append((2 * num_stages - 1 - first, done, align_up(bucket.grad_bytes, GPU_ALIGN)))
-    return spans
+    return spans + gradient_spans(problem, bucket, place)
+
+
+def gradient_spans(problem: Problem, bucket: Bucket, place: BucketPlace) -> list[Span]:
+    """Where the gradients of a bucket that the GPU updates occupy it.
+
+    Those of a streamed bucket are there until the weights are read again, since when their update is
+    made depends on the link.
+    """
+    if bucket.grad_stage is None or not place.by_gpu:
+        return []
+    num_stages = problem.num_stages
+    end = 2 * num_stages + 1
+    size = align_up(bucket.grad_bytes, GPU_ALIGN)
+    first, last = gradient_interval(bucket)
+    begin = 2 * num_stages - 1 - first
+    if place.streamed:
+        readers = [*bucket.forward_stages[:1]]
+        readers += [2 * num_stages - 1 - stage for stage in bucket.backward_stages[-1:]]
+        return [(0, min([begin, *(at + 1 for at in readers)]), size), (begin, end, size)]
+    done = end if problem.overlap.waits_for_step else 2 * num_stages - last
+    return [(begin, done, size)]
 
 
 def gradient_interval(bucket: Bucket) -> tuple[int, int]:
@@ -137,9 +157,9 @@ def tight_positions(problem: Problem) -> tuple[int, ...]:
         ):
             least[at] += size
             seconds[at] = taken_s
-    streamed = BucketPlace(Place.DRAM, Place.DRAM)
+    from_dram = BucketPlace(Place.DRAM, Place.DRAM)
     intervals = backward_intervals(problem, [Place.GPU] * len(problem.activations))
-    spans = [span for b in problem.buckets for span in bucket_spans(problem, b, streamed)]
+    spans = [span for b in problem.buckets for span in bucket_spans(problem, b, from_dram)]
     for a in problem.activations:
         place = Place.DRAM if a.can_swap or a.can_recompute else Place.GPU
         spans += activation_spans(problem, a, place, intervals[a.index])
@@ -181,7 +201,7 @@ class Ledger:
         # What is kept in a tier, by class; activations in DRAM share one allocation.
         self._in_dram: Counter[str] = Counter()
         self._on_ssd: Counter[str] = Counter()
-        self._num_gpu_states = 0
+        self._num_gpu_states = self._num_streamed = 0
         self._known_traffic: dict[tuple[object, ...], Floats] = {}
         self._cpu_grad_bytes = 0
         self._gpu: Ints = np.zeros(2 * num_stages + 1, dtype=np.int64)
@@ -197,7 +217,8 @@ class Ledger:
         # CPU-updated buckets that gather gradients, by stage.
         self._open: Ints = np.zeros(num_stages, dtype=np.int64)
         self._sizes: dict[str, Counter[int]] = {
-            sort: Counter() for sort in ("fetch", "swap", "grad", "state", "inbound", "outbound")
+            sort: Counter()
+            for sort in ("fetch", "swap", "grad", "state", "inbound", "outbound", "stream")
         }
         self._tight: tuple[int, ...] | None = None  # tight_positions, once they are asked for
         self._top: dict[str, int] = {}  # the largest of each sort, where it is known
@@ -288,6 +309,11 @@ class Ledger:
         if place.state is Place.GPU:
             self._num_gpu_states += sign
             return
+        if place.streamed:
+            self._num_streamed += sign
+            self._in_dram["optimizer"] += sign * state_section_bytes(bucket)
+            self._size("stream", stream_piece(bucket), sign)
+            return
         if problem.accumulates:
             self._in_dram["gradients"] += sign * accumulator_bytes(bucket)
         self._size("grad", align_up(bucket.grad_bytes, PAGE), sign)
@@ -349,6 +375,7 @@ class Ledger:
             inbound_bytes=(4 if roomy else 2) * self._largest("inbound"),
             outbound_bytes=(4 if roomy else 2) * self._largest("outbound"),
             closed=self._tight or () if room is Room.AROUND else (),
+            stream_bytes=STREAM_BYTES * self._largest("stream"),
         )
 
     def widened(self, windows: Windows) -> Windows:
@@ -430,7 +457,10 @@ class Ledger:
         ahead[[at - num_stages for at in windows.closed if at >= num_stages]] = 0
         used[backward] += ahead
         used[backward] += windows.grad_window_bytes
-        if self._num_gpu_states:
+        used += windows.stream_bytes
+        if self._num_streamed:
+            used += self.problem.gpu_adam_workspace_bytes
+        elif self._num_gpu_states:
             turn = slice(2 * num_stages, None) if self.problem.overlap.waits_for_step else backward
             used[turn] += self.problem.gpu_adam_workspace_bytes
         return used

@@ -38,6 +38,7 @@ def gpu_occupants(ledger: Ledger, windows: Windows, position: int) -> tuple[Occu
         word = "forward" if forward else "backward"
         found.append(Occupant(f"temporaries of the {word} of {stage.name}", "workspace", size))
     found.append(Occupant("inputs, buffers and results", "fixed", problem.fixed_gpu_bytes))
+    found.append(Occupant("optimizer states on their way through", "window", windows.stream_bytes))
     found.append(Occupant("allocator's margin", "fixed", problem.gpu_margin_bytes))
     total = int(ledger.gpu_bytes(windows)[position])
     rest = total - sum(o.bytes for o in found)

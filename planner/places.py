@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lohan_fx.planner.problem import Activation, Bucket, BucketPlace, Place, Problem
+from lohan_fx.planner.problem import (
+    Activation,
+    Bucket,
+    BucketPlace,
+    Overlap,
+    Place,
+    Problem,
+)
 
 G, D, S = Place.GPU, Place.DRAM, Place.SSD
 _MASTERED = (
@@ -16,16 +23,23 @@ _MASTERED = (
     BucketPlace(S, D),
     BucketPlace(S, S),
 )
+_STREAMED = (BucketPlace(G, D, streamed=True), BucketPlace(D, D, streamed=True))
 # Without a separate master the weight is what Adam updates, so it stays with whoever does that.
 _UNMASTERED = tuple(p for p in _MASTERED if (p.weight is G) == (p.state is G))
 _FROZEN = tuple(p for p in _MASTERED if p.weight is p.state)
 
 
 def bucket_places(bucket: Bucket) -> tuple[BucketPlace, ...]:
-    """The places a bucket may have, fastest first."""
+    """The places a bucket may have in any problem, fastest first: all but `streamed_places`."""
     if not bucket.trainable:
         return _FROZEN
     return _MASTERED if bucket.has_master else _UNMASTERED
+
+
+def streamed_places(problem: Problem, bucket: Bucket) -> tuple[BucketPlace, ...]:
+    """The places of a bucket whose state is copied to the GPU and back for its updates."""
+    allowed = not problem.accumulates and problem.overlap is not Overlap.NAIVE
+    return _STREAMED if allowed and bucket.trainable and bucket.has_master else ()
 
 
 def activation_places(activation: Activation) -> tuple[Place, ...]:

@@ -197,7 +197,7 @@ class Problem:
 
     `fixed_gpu_bytes` are inputs, buffers and outputs, on the GPU throughout. `gpu_margin_bytes` is
     what the allocator may lose to rounding and splitting. `gpu_adam_workspace_bytes` are the
-    temporaries of an update on the GPU; they count only where some state is there.
+    temporaries of an update on the GPU; they count only where one is made there.
     `ssd_bounce_bytes` of DRAM serve blocking copies; they count only where something is on SSD.
     With `max_ssd_bytes_per_day`, no plan writes more to SSD in a day of steps at its predicted pace.
     `accumulates`: every trainable bucket has an fp32 sum of gradients, on the GPU if its state is
@@ -298,6 +298,7 @@ def speculates(problem: Problem, bucket: Bucket, place: BucketPlace) -> bool:
         problem.may_speculate(bucket.index)
         and bucket.trainable
         and place.state is Place.DRAM
+        and not place.streamed
         and place.weight is not Place.SSD
     )
 

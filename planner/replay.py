@@ -213,6 +213,7 @@ class Replay:
                         yield from self._updates.settle_on_device(arg)
                     else:
                         yield from self._receive(item)
+                        self._updates.received(arg)
                 elif op == "release":
                     item = self._fetched.pop(arg)
                     if item is not None:
@@ -326,9 +327,11 @@ class Replay:
                 return False
         elif not self._is_valid(incoming):
             return False
-        what, after = "fetch", None
+        number = incoming.item.number
         if incoming.item.kind == "activation":
-            what, after = "reload", self._slots[incoming.item.number].leaving
+            what, after = "reload", self._slots[number].leaving
+        else:
+            what, after = "fetch", self._updates.stored(number)
         incoming.arrival = self._streams.copy(
             Lane.H2D,
             what,

@@ -280,6 +280,9 @@ def _memory(
             if problem.accumulates:
                 used[streams.GRADIENTS] += accumulator_bytes(bucket)
     used[streams.WORKSPACE] += problem.fixed_gpu_bytes
+    if any(place.streamed for place in buckets):
+        used[streams.WORKSPACE] += problem.gpu_adam_workspace_bytes
+    used[MEMORY_CLASSES.index("buffers")] += windows.stream_bytes
     times, rows = [0.0], [tuple(used)]
     for now_s, changes in itertools.groupby(run.memory, key=lambda change: change[0]):
         if now_s > end_s:

@@ -19,7 +19,7 @@ from functools import partial
 
 from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner.choice import rank
-from lohan_fx.planner.problem import Overlap, Place, Problem
+from lohan_fx.planner.problem import Overlap, Problem
 from lohan_fx.planner.solution import Solution
 from lohan_fx.planner.traffic import spare_bytes
 
@@ -126,5 +126,5 @@ def _params_of_cpu(problem: Problem, solution: Solution) -> int:
     return sum(
         bucket.numel
         for bucket, place in zip(problem.buckets, solution.buckets, strict=True)
-        if bucket.trainable and place.state is not Place.GPU
+        if bucket.trainable and not place.by_gpu
     )

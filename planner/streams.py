@@ -44,8 +44,9 @@ class _Await(NamedTuple):
     job: Job
 
 
-class _Copy(NamedTuple):
-    """A copy in its stream: not before the compute stream has passed `point`, nor before `after`."""
+class _Queued(NamedTuple):
+    """A copy, or a kernel beside the compute stream, in its own stream: not before the compute stream
+    has passed `point`, nor before `after`."""
 
     job: Job
     point: int
@@ -54,6 +55,9 @@ class _Copy(NamedTuple):
 
 class Streams:
     """Queues of what has been issued; each starts its head when the lane is free and it may.
+
+    States on their way through the GPU have copies and kernels of their own. Other copies go before
+    such copies, and such kernels before what the compute stream does: each pauses the other.
 
     `issued` counts the entries of the compute stream so far, which is a point in it. `marks` are the
     times of the ends of phases: (step, "forward" | "backward" | "step"). `memory` lists (time, class,
@@ -68,7 +72,10 @@ class Streams:
         self.disk: dict[Lane, deque[Job]] = {Lane.SSD_READ: deque(), Lane.SSD_WRITE: deque()}
         self._compute: deque[Job | _Await | MemoryChange | Mark] = deque()
         self._passed = 0
-        self._copies: dict[Lane, deque[_Copy]] = {Lane.H2D: deque(), Lane.D2H: deque()}
+        self._copies: dict[Lane, deque[_Queued]] = {Lane.H2D: deque(), Lane.D2H: deque()}
+        self._states: dict[Lane, deque[_Queued]] = {Lane.H2D: deque(), Lane.D2H: deque()}
+        self._kernels: deque[_Queued] = deque()
+        self._beside: dict[Lane, Job] = {}  # of those three, what each lane began last
 
     @property
     def num_queued(self) -> int:
@@ -78,15 +85,17 @@ class Streams:
     def backlog(self) -> list[float]:
         """Work that is asked for and not done, by lane."""
         left = [0.0 if job is None else job.left for job in self.fluid.active]
-        for lane, copies in self._copies.items():
-            left[lane] += sum(copy.job.left for copy in copies)
-        for lane, queue in self.disk.items():
-            left[lane] += sum(job.left for job in queue)
+        for queue in (*self._copies.values(), *self._states.values(), self._kernels):
+            for queued in queue:
+                left[queued.job.lane] += queued.job.left
+        for lane, jobs in self.disk.items():
+            left[lane] += sum(job.left for job in jobs)
         return left
 
     def settle(self) -> bool:
         """Start all that can start now; True if something did."""
-        moved = self._settle_compute()
+        moved = self._settle_kernels()
+        moved |= self._settle_compute()
         for lane in self._copies:
             moved |= self._settle_copies(lane)
         for lane, queue in self.disk.items():
@@ -126,15 +135,38 @@ class Streams:
         return moved
 
     def _settle_copies(self, lane: Lane) -> bool:
-        queue, moved = self._copies[lane], False
-        while queue and self.fluid.active[lane] is None:
-            copy = queue[0]
-            if self._passed < copy.point or not all(job.done for job in copy.after):
-                break
-            queue.popleft()
-            self.fluid.begin(copy.job)
+        queue, states, moved = self._copies[lane], self._states[lane], False
+        while queue and self._is_free(lane) and self._may_begin(queue[0]):
+            paused = self.fluid.interrupt(lane)
+            if paused is not None:
+                states.appendleft(_Queued(paused, 0, ()))
+            self.fluid.begin(queue.popleft().job)
+            moved = True
+        while states and self.fluid.active[lane] is None and self._may_begin(states[0]):
+            self._beside[lane] = states[0].job
+            self.fluid.begin(states.popleft().job)
             moved = True
         return moved
+
+    def _settle_kernels(self) -> bool:
+        kernels, moved = self._kernels, False
+        while kernels and self._may_begin(kernels[0]):
+            before = self._beside.get(Lane.GPU)
+            if before is not None and not before.done:
+                break
+            self.fluid.interrupt(Lane.GPU)  # the compute stream goes on with it afterwards
+            self._beside[Lane.GPU] = kernels[0].job
+            self.fluid.begin(kernels.popleft().job)
+            moved = True
+        return moved
+
+    def _may_begin(self, queued: _Queued) -> bool:
+        return self._passed >= queued.point and all(job.done for job in queued.after)
+
+    def _is_free(self, lane: Lane) -> bool:
+        """True if the lane does nothing but copy a state."""
+        active = self.fluid.active[lane]
+        return active is None or active is self._beside.get(lane)
 
     def enqueue(self, entry: Job | _Await | MemoryChange | Mark) -> None:
         """Add to the compute stream."""
@@ -165,7 +197,23 @@ class Streams:
         """A copy that starts once the compute stream has passed `point` (now), and after `after`."""
         job = Job(lane, what, item, in_pass, nbytes)
         at = self.issued if point is None else point
-        self._copies[lane].append(_Copy(job, at, after))
+        self._copies[lane].append(_Queued(job, at, after))
+        return job
+
+    def copy_state(
+        self, lane: Lane, what: str, item: Item, nbytes: float, *, after: tuple[Job, ...]
+    ) -> Job:
+        """A copy of a state that the GPU updates, whatever the compute stream does."""
+        job = Job(lane, what, item, "update", nbytes)
+        self._states[lane].append(_Queued(job, 0, after))
+        return job
+
+    def run_beside(
+        self, what: str, item: Item, seconds: float, *, point: int, after: tuple[Job, ...]
+    ) -> Job:
+        """A kernel in a stream of its own, once the compute stream has passed `point`."""
+        job = Job(Lane.GPU, what, item, "update", seconds, dram_bytes_per_unit=0.0)
+        self._kernels.append(_Queued(job, point, after))
         return job
 
     def until(self, job: Job) -> Wanted:
@@ -174,9 +222,11 @@ class Streams:
 
     def cause_of(self, job: Job) -> Lane:
         """The lane that a job which is not done waits for."""
-        queue = self._copies.get(job.lane)
-        if self.fluid.active[job.lane] is None and queue:
-            for earlier in queue[0].after:
-                if not earlier.done:
-                    return self.cause_of(earlier)
-        return job.lane
+        lane = job.lane
+        if job is not self.fluid.active[lane] and self._is_free(lane):
+            for queue in (self._copies.get(lane), self._states.get(lane), self._kernels):
+                if queue and any(queued.job is job for queued in queue):
+                    for earlier in queue[0].after:
+                        if not earlier.done:
+                            return self.cause_of(earlier)
+        return lane

@@ -26,9 +26,15 @@ LANES = ("gpu", "h2d", "d2h", "ssd_read", "ssd_write", "cpu_adam", "dram")
 _GPU, _H2D, _D2H, _READ, _WRITE, _ADAM, _DRAM = range(len(LANES))
 FORWARD, BACKWARD, UPDATE = range(3)
 NUM_PHASES = 3
-# What an update that speculates is busy with. It begins under the backward, and what is left over runs
-# under the next forward: these lanes limit the two phases together.
+# What an update by the CPU is busy with. Where updates spill, it begins under the backward, and what is left
+# over runs under the next forward: these lanes limit the two phases together.
 SPILLING_LANES = (_ADAM, _DRAM)
+
+# States that the GPU updates pass through it in pieces of so many elements at most, of master and both
+# moments, and a ring holds so many pieces.
+STREAM_PIECE = 4 << 20
+STREAM_SLOTS = 3
+STREAM_BYTES = 3 * 4 * STREAM_SLOTS  # of a ring, for each element of a piece
 
 # A traffic vector: amounts per phase and lane, then the optimizer's share of SSD reads, SSD writes
 # and Adam for buckets whose state is on SSD. GPU amounts are seconds, Adam amounts parameters, all
@@ -67,6 +73,11 @@ def accumulator_bytes(bucket: Bucket) -> int:
 
 def weight_section_bytes(bucket: Bucket) -> int:
     return align_up(bucket.weight_bytes, PAGE)
+
+
+def stream_piece(bucket: Bucket) -> int:
+    """Elements of the pieces in which a streamed bucket's state passes through the GPU."""
+    return min(bucket.numel, STREAM_PIECE)
 
 
 def spare_bytes(problem: Problem, bucket: Bucket, place: BucketPlace) -> int:
@@ -112,9 +123,14 @@ def bucket_traffic(problem: Problem, bucket: Bucket, place: BucketPlace) -> Floa
     if speculates(problem, bucket, place):
         update = amount[BACKWARD]
     touched = update_bytes(problem, bucket)
-    if place.state is Place.GPU:
+    if place.by_gpu:
         if problem.lanes.gpu_bytes_per_s:
             update[_GPU] += touched / problem.lanes.gpu_bytes_per_s
+        if place.streamed:
+            back = bucket.state_bytes + (weight if place.weight is Place.DRAM else 0)
+            update[_H2D] += bucket.state_bytes
+            update[_D2H] += back
+            update[_DRAM] += bucket.state_bytes + back
         return total
     amount[BACKWARD, _D2H] += bucket.grad_bytes
     amount[BACKWARD, _DRAM] += bucket.grad_bytes
@@ -223,16 +239,29 @@ def lane_limits(problem: Problem, windows: Windows, traffic: Floats, busy: Float
     return limit
 
 
-def phase_seconds(problem: Problem, windows: Windows, ahead: bool, traffic: Floats) -> Floats:
+def updates_spill(problem: Problem, *, streams: bool = False) -> bool:
+    """Whether the closed form lets updates that begin under the backward run into the next forward.
+
+    It does with speculation. Without, it leaves a backlog of the CPU unseen, so that more is on the GPU;
+    where states may pass through the GPU (`streams`), too many would.
+    """
+    return problem.overlap is Overlap.SPECULATIVE or (
+        streams and problem.overlap is Overlap.BACKWARD
+    )
+
+
+def phase_seconds(
+    problem: Problem, windows: Windows, ahead: bool, traffic: Floats, *, streams: bool = False
+) -> Floats:
     """Seconds [N, phases] of N traffic vectors: the slowest lane of each phase.
 
-    With speculation the lanes of SPILLING_LANES limit backward and forward together instead.
+    Where updates spill, the lanes of SPILLING_LANES limit backward and forward together instead.
     Where nothing moves ahead of its use (`ahead` False), movement is added to compute instead.
     """
     busy = lane_seconds(problem.lanes, traffic)
     limit = lane_limits(problem, windows, traffic, busy)
     if ahead:
-        spills = problem.overlap is Overlap.SPECULATIVE
+        spills = updates_spill(problem, streams=streams)
         if spills:
             limit[:, BACKWARD, SPILLING_LANES] = 0.0
         longest: Floats = limit.max(axis=2)

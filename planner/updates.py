@@ -1,4 +1,9 @@
-"""Updates of trainable buckets in the replay: their gradients, the CPU's tasks, new weights uploaded."""
+"""Updates of trainable buckets in the replay: their gradients, the CPU's tasks, new weights uploaded.
+
+[Note: two parts] A streamed state passes through the GPU in pieces, each copied in, updated and copied out,
+while the next comes in. The replay has two parts of it: the first piece, and all the others. The first may
+be there before the gradient is; while the others come in, as much goes out, and the last piece follows.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,8 @@ from lohan_fx.planner.problem import (
 from lohan_fx.planner.solution import Windows
 from lohan_fx.planner.streams import GRADIENTS, WORKSPACE, Host, Streams, Wanted
 from lohan_fx.planner.traffic import (
+    STREAM_BYTES,
+    STREAM_SLOTS,
     state_buffer_bytes,
     state_section_bytes,
     update_bytes,
@@ -44,10 +51,12 @@ class _Record:
         "buffer",
         "by_cpu",
         "fetched",
+        "kept_bytes",
         "last_copy",
         "place",
         "released",
         "speculates",
+        "stored",
         "task",
         "upload",
         "waiting",
@@ -56,7 +65,7 @@ class _Record:
     def __init__(self, problem: Problem, bucket: Bucket, place: BucketPlace) -> None:
         self.bucket = bucket
         self.place = place
-        self.by_cpu = place.state is not Place.GPU
+        self.by_cpu = not place.by_gpu
         self.speculates = speculates(problem, bucket, place)
         self.arrived = False
         self.released = True
@@ -66,6 +75,9 @@ class _Record:
         self.fetched: Job | None = None
         self.task: Task | None = None
         self.upload: Job | None = None
+        # Of a streamed state: gradients on the GPU until the weights are waited for, and the last copy out.
+        self.kept_bytes = 0
+        self.stored: Job | None = None
 
 
 class Updates:
@@ -98,6 +110,12 @@ class Updates:
         waits = self._overlap.waits_for_step
         self._own = {r.bucket.index: _GradBuffer() for r in by_cpu} if waits else {}
         self._ring = deque(_GradBuffer() for _ in range(0 if waits else windows.grad_buffers))
+        self._piece_elements = windows.stream_bytes // STREAM_BYTES
+        # What last left each slot of the ring for streamed states.
+        self._slots: deque[Job | None] = deque([None] * STREAM_SLOTS)
+        self._any_streamed = any(r.place.streamed for r in self._records.values())
+        if self._any_streamed and not self._piece_elements:
+            raise LohanError("this plan has no room for states on their way through the GPU")
         self._window: deque[tuple[Job, int]] = deque()
         self._window_bytes = 0
         self._jobs: deque[Task] = deque()
@@ -180,6 +198,19 @@ class Updates:
         if record.upload is not None:
             self._streams.wait_for(record.upload)
             record.upload = None
+        self.received(bucket)
+
+    def stored(self, bucket: int) -> Job | None:
+        """The copy out that new weights in host memory come with, if a streamed update makes them."""
+        record = self._records.get(bucket)
+        return None if record is None else record.stored
+
+    def received(self, bucket: int) -> None:
+        """The compute stream has waited for a bucket's weights: its last update is complete."""
+        record = self._records.get(bucket)
+        if record is not None and record.kept_bytes and not record.waiting:
+            self._streams.hold(GRADIENTS, -record.kept_bytes)
+            record.kept_bytes = 0
 
     def _progress(self, task: Task | None) -> None:
         assert task is not None
@@ -211,6 +242,9 @@ class Updates:
         bucket = record.bucket
         if record.task is not None or record.upload is not None:
             yield from self.settle_on_device(bucket.index)
+        if record.kept_bytes:  # nobody has read the weights since
+            self._streams.wait_for(record.stored)
+            self.received(bucket.index)
         size = align_up(bucket.grad_bytes, GPU_ALIGN)
         if record.by_cpu:
             yield from self._acquire(record)
@@ -233,6 +267,7 @@ class Updates:
                 self._drop_gradient()
         else:
             self._streams.hold(GRADIENTS, size)
+            record.kept_bytes = size if record.place.streamed else 0
         record.arrived = record.waiting = True
         self._maybe_start(record)
 
@@ -273,11 +308,15 @@ class Updates:
 
     def _start_update(self, record: _Record) -> None:
         record.waiting = False
-        bucket, lanes = record.bucket, self._problem.lanes
+        bucket, rate = record.bucket, self._problem.lanes.gpu_bytes_per_s
         touched = update_bytes(self._problem, bucket)
+        seconds = touched / rate if rate > 0 else 0.0
+        if record.place.streamed:
+            self._stream(record, seconds)
+            return
         if not record.by_cpu:
-            rate = lanes.gpu_bytes_per_s
-            workspace = self._problem.gpu_adam_workspace_bytes
+            # Where states are streamed, it is there throughout.
+            workspace = 0 if self._any_streamed else self._problem.gpu_adam_workspace_bytes
             self._streams.hold(WORKSPACE, workspace)
             self._streams.enqueue(
                 Job(
@@ -285,7 +324,7 @@ class Updates:
                     "adam",
                     Item("bucket", bucket.index),
                     "update",
-                    touched / rate if rate > 0 else 0.0,
+                    seconds,
                     dram_bytes_per_unit=0.0,
                 )
             )
@@ -314,12 +353,51 @@ class Updates:
         self._jobs.append(task)
         self.pipeline.submit(task)
 
+    def _stream(self, record: _Record, seconds: float) -> None:
+        """Pass a state through the GPU, with `seconds` of kernels; see [Note: two parts]."""
+        bucket, streams = record.bucket, self._streams
+        item, point = Item("bucket", bucket.index), streams.issued
+        written = bucket.weight_bytes if record.place.weight is Place.DRAM else 0
+        piece = min(1.0, self._piece_elements / bucket.numel) if bucket.numel else 1.0
+        parts = (1.0,) if piece == 1.0 else (piece, 1.0 - piece)
+        kernels: list[Job] = []
+        for part in parts:
+            # The rest takes the slots that are left, and follows the first kernel.
+            slots = [self._slots[0]] if not kernels else list(self._slots)[1:]
+            after = [job for job in (*slots, *kernels, record.stored) if job is not None]
+            read = streams.copy_state(
+                Lane.H2D, "state in", item, part * bucket.state_bytes, after=tuple(after)
+            )
+            kernels.append(
+                streams.run_beside("adam", item, part * seconds, point=point, after=(read,))
+            )
+        outs = [
+            streams.copy_state(
+                Lane.D2H,
+                "state out",
+                item,
+                part * (bucket.state_bytes + written),
+                after=(kernel,),
+            )
+            for part, kernel in zip(reversed(parts), kernels, strict=True)
+        ]
+        if len(parts) == 1:
+            self._slots.append(outs[0])
+            self._slots.popleft()
+        else:
+            self._slots = deque([outs[0]] * (STREAM_SLOTS - 1) + [outs[1]])
+        record.stored = outs[-1]
+        if record.place.weight is Place.GPU:
+            record.upload = kernels[-1]
+
     def _drain(self) -> Host:
         while self._jobs:
             task = self._jobs[0]
             yield self._until_done(task)
             self._progress(task)
         for index, record in self._records.items():
+            if record.stored is not None and not record.stored.done:
+                yield self._streams.until(record.stored)
             if record.upload is not None:
                 yield self._streams.until(record.upload)
                 yield from self.settle_on_device(index)

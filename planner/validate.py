@@ -61,6 +61,17 @@ def _places(problem: Problem, solution: Solution) -> list[str]:
             and place.state != gpu
         ):
             found.append(f"bucket {bucket.name!r}: the CPU would update a weight on the GPU")
+        if place.streamed and (
+            bucket.grad_stage is None
+            or not bucket.has_master
+            or place.state != dram
+            or place.weight not in (gpu, dram)
+            or problem.accumulates
+            or problem.overlap == Overlap.NAIVE
+        ):
+            found.append(
+                f"bucket {bucket.name!r}: its state cannot be updated on the GPU ({place})"
+            )
     for activation, kept in zip(problem.activations, solution.activations, strict=True):
         if kept in (dram, ssd) and not activation.can_swap:
             found.append(f"activation {activation.name!r} is swapped and cannot be")
@@ -69,7 +80,7 @@ def _places(problem: Problem, solution: Solution) -> list[str]:
     return found
 
 
-def _streamed(problem: Problem, solution: Solution) -> list[Bucket]:
+def _fetched(problem: Problem, solution: Solution) -> list[Bucket]:
     return [
         bucket
         for bucket, place in zip(problem.buckets, solution.buckets, strict=True)
@@ -81,7 +92,16 @@ def _cpu_updated(problem: Problem, solution: Solution) -> list[tuple[Bucket, Buc
     return [
         (bucket, place)
         for bucket, place in zip(problem.buckets, solution.buckets, strict=True)
-        if bucket.grad_stage is not None and place.state != Place.GPU
+        if bucket.grad_stage is not None and place.state != Place.GPU and not place.streamed
+    ]
+
+
+def _copied_states(problem: Problem, solution: Solution) -> list[tuple[Bucket, BucketPlace]]:
+    """Buckets whose state rests in DRAM and is updated on the GPU."""
+    return [
+        (bucket, place)
+        for bucket, place in zip(problem.buckets, solution.buckets, strict=True)
+        if place.streamed
     ]
 
 
@@ -141,6 +161,13 @@ def _windows(problem: Problem, solution: Solution) -> list[str]:
         found.append(f"windows are closed at {nowhere[0]}, which is no position of a stage")
     if any(_through_buffers(b, p) for b, p in updated) and windows.state_buffers < 2:
         found.append(f"{windows.state_buffers} state buffers; 2 are needed")
+    largest = max((b.numel for b, _ in _copied_states(problem, solution)), default=0)
+    # Three pieces of master and two moments in fp32; a piece has 4 Mi elements, or the largest has fewer.
+    ring = 3 * 3 * 4 * min(largest, 4 * 1024 * 1024)
+    if windows.stream_bytes < ring:
+        found.append(
+            f"{windows.stream_bytes} bytes for states on their way through the GPU; {ring} are needed"
+        )
     slots = [
         _pages(a.bytes)
         for a, place in zip(problem.activations, solution.activations, strict=True)
@@ -185,18 +212,32 @@ def _gpu(problem: Problem, solution: Solution) -> list[str]:
     windows = solution.windows
     uses = _backward_uses(problem, solution)
     waits = problem.overlap in _WAITING
-    streamed = _streamed(problem, solution)
+    fetched = _fetched(problem, solution)
     any_gpu_state = any(
         b.grad_stage is not None and p.state == Place.GPU
         for b, p in zip(problem.buckets, solution.buckets, strict=True)
     )
+    copied = _copied_states(problem, solution)
     found = []
     worst = 0
     for position in range(2 * num_stages + 1):
         forward = position < num_stages
         backward = num_stages <= position < 2 * num_stages
         stage = position if forward else 2 * num_stages - 1 - position
-        live = problem.fixed_gpu_bytes
+        live = problem.fixed_gpu_bytes + windows.stream_bytes
+        if copied:
+            live += problem.gpu_adam_workspace_bytes
+        for bucket, _ in copied:
+            made = max([bucket.grad_stage or 0, *bucket.forward_stages, *bucket.backward_stages])
+            held = not forward and stage <= made
+            # The update may last until the next reader, in the forward if there is one.
+            if bucket.forward_stages:
+                held |= forward and position <= min(bucket.forward_stages)
+            elif bucket.backward_stages:
+                held |= forward or stage >= max(bucket.backward_stages)
+            else:
+                held = True
+            live += _blocks(bucket.grad_bytes) * held
         if forward:
             live += problem.stages[stage].forward_workspace_bytes
         if backward:
@@ -238,13 +279,13 @@ def _gpu(problem: Problem, solution: Solution) -> list[str]:
         open_here = position not in windows.closed
         live += min(arriving, windows.reload_window_bytes) * open_here
         ahead = 0
-        for bucket in streamed:
+        for bucket in fetched:
             if forward and bucket.forward_stages:
                 ahead += _blocks(bucket.weight_bytes) * (bucket.forward_stages[0] > stage)
             if backward and bucket.backward_stages:
                 ahead += _blocks(bucket.weight_bytes) * (bucket.backward_stages[-1] < stage)
         live += min(ahead, windows.fetch_window_bytes) * open_here
-        if any_gpu_state and (position == 2 * num_stages if waits else backward):
+        if any_gpu_state and not copied and (position == 2 * num_stages if waits else backward):
             live += problem.gpu_adam_workspace_bytes
         worst = max(worst, live)
         with_margin = live + problem.gpu_margin_bytes
@@ -339,6 +380,11 @@ def _time(problem: Problem, solution: Solution) -> list[str]:
         if place.state == Place.SSD:
             read += _state_sections(bucket)
             written += _state_sections(bucket)
+    for bucket, place in _copied_states(problem, solution):
+        h2d += bucket.state_bytes
+        d2h += bucket.state_bytes
+        if place.weight == Place.DRAM:
+            d2h += bucket.weight_bytes
     for activation, kept in zip(problem.activations, solution.activations, strict=True):
         if kept == Place.RECOMPUTE:
             gpu_s += activation.recompute_s

@@ -29,6 +29,7 @@ from lohan_fx.planner import (
     predict,
     simulate,
     solve,
+    streamed_places,
     validate,
 )
 from lohan_fx.planner.ledger import tight_positions
@@ -358,9 +359,18 @@ def placed(draw: st.DrawFn) -> tuple[Problem, list[BucketPlace], list[Place]]:
         max_ssd_bytes_per_day=None,
         accumulates=question.overlap is not Overlap.SPECULATIVE and draw(st.booleans()),
     )
-    buckets = [draw(st.sampled_from(bucket_places(b))) for b in question.buckets]
+    buckets = [
+        draw(st.sampled_from((*bucket_places(b), *streamed_places(question, b))))
+        for b in question.buckets
+    ]
     acts = [draw(st.sampled_from(activation_places(a))) for a in question.activations]
     return question, buckets, acts
+
+
+def windows_of(case: Placed, room: Room, pieces: int) -> Windows:
+    """Windows of a placement, with the largest streamed state in so many pieces."""
+    windows = Ledger(*case).windows(room)
+    return dataclasses.replace(windows, stream_bytes=windows.stream_bytes // pieces)
 
 
 _ANY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.data_too_large])
@@ -368,10 +378,10 @@ Placed = tuple[Problem, Sequence[BucketPlace], Sequence[Place]]
 
 
 @_ANY
-@given(placed(), st.sampled_from(Room))
-def test_a_step_is_no_shorter_than_its_busiest_lane(case: Placed, room: Room) -> None:
+@given(placed(), st.sampled_from(Room), st.sampled_from([1, 3]))
+def test_a_step_is_no_shorter_than_its_busiest_lane(case: Placed, room: Room, pieces: int) -> None:
     question, buckets, acts = case
-    windows = Ledger(question, buckets, acts).windows(room)
+    windows = windows_of(case, room, pieces)
     predicted = predict(question, buckets, acts, windows)
     assert predicted.step_s >= predicted.bound_s * (1 - 1e-9)
     replayed = simulate(question, buckets, acts, windows)
@@ -384,12 +394,12 @@ def test_a_step_is_no_shorter_than_its_busiest_lane(case: Placed, room: Room) ->
 
 
 @_ANY
-@given(placed(), st.sampled_from(Room), st.sets(st.integers(0, 7)))
+@given(placed(), st.sampled_from(Room), st.sampled_from([1, 3]), st.sets(st.integers(0, 7)))
 def test_memory_over_time_stays_below_the_peaks_of_the_cost_model(
-    case: Placed, room: Room, closed: set[int]
+    case: Placed, room: Room, pieces: int, closed: set[int]
 ) -> None:
     question, buckets, acts = case
-    windows = Ledger(question, buckets, acts).windows(room)
+    windows = windows_of(case, room, pieces)
     inside = tuple(sorted(at for at in closed if at < 2 * question.num_stages))
     windows = dataclasses.replace(windows, closed=inside)
     peaks = estimate(question, buckets, acts, windows).peak_bytes
@@ -402,15 +412,17 @@ def test_memory_over_time_stays_below_the_peaks_of_the_cost_model(
 
 
 @_ANY
-@given(placed(), st.sampled_from(Room))
-def test_every_lane_does_a_steps_work_and_the_gpu_works_or_stalls(case: Placed, room: Room) -> None:
+@given(placed(), st.sampled_from(Room), st.sampled_from([1, 3]))
+def test_every_lane_does_a_steps_work_and_the_gpu_works_or_stalls(
+    case: Placed, room: Room, pieces: int
+) -> None:
     question, buckets, acts = case
     # Rates that nothing shares, so that a lane's busy time is its work.
     alone = dataclasses.replace(
         question.lanes, duplex_factor=1.0, ssd_simplex=False, dram_bytes_per_s=1e18
     )
     question = dataclasses.replace(question, lanes=alone)
-    windows = Ledger(question, buckets, acts).windows(room)
+    windows = windows_of((question, buckets, acts), room, pieces)
     found = simulate(question, buckets, acts, windows)
     assume(found.steady)
     wanted = estimate(question, buckets, acts, windows).lane_busy_s
