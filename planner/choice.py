@@ -74,15 +74,17 @@ def rank(solution: Solution) -> tuple[float, int, int]:
     return step, predicted.ssd_bytes_written_per_step, predicted.peak_bytes["dram"]
 
 
-def finish(problem: Problem, ledger: Ledger, room: Room, policy: str = "") -> Solution | None:
+def finish(
+    problem: Problem, ledger: Ledger, room: Room, policy: str = "", *, streams: bool = False
+) -> Solution | None:
     """The solution of a placement at one width of windows; None if it does not fit.
 
-    Its seconds are the estimate; see `replayed`.
+    Its seconds are the estimate, with `streams` as there; see `replayed`.
     """
     windows = ledger.windows(room)
     if room is not Room.NONE:
         windows = ledger.widened(windows)
-    predicted = estimate(problem, ledger.buckets, ledger.activations, windows)
+    predicted = estimate(problem, ledger.buckets, ledger.activations, windows, streams=streams)
     if any(excess_of(problem, predicted)):
         return None
     return Solution(

@@ -40,16 +40,19 @@ def estimate(
     buckets: Sequence[BucketPlace],
     activations: Sequence[Place],
     windows: Windows,
+    *,
+    streams: bool = False,
 ) -> Prediction:
     """What one steady step of this placement takes: the slowest lane of each phase, and bytes.
 
-    This is what solvers search with; `simulate.predict` replays the step instead.
+    This is what solvers search with; `simulate.predict` replays the step instead. `streams`: as in a
+    search in which states may pass through the GPU; see `updates_spill`.
     """
     ledger = Ledger(problem, buckets, activations)
     traffic = ledger.traffic[None, :]
     ahead = ledger.is_ahead(windows)
     forward_s, backward_s, update_s = (
-        float(x) for x in phase_seconds(problem, windows, ahead, traffic)[0]
+        float(x) for x in phase_seconds(problem, windows, ahead, traffic, streams=streams)[0]
     )
     busy = lane_seconds(problem.lanes, traffic)
     limit = lane_limits(problem, windows, traffic, busy)[0]

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from lohan_fx.planner.least import is_redone_in_place
-from lohan_fx.planner.ledger import Span, activation_spans, bucket_spans
+from lohan_fx.planner.ledger import Span, activation_spans, bucket_spans, gradient_spans
 from lohan_fx.planner.moves import AnyPlace, Group, group_items, pinned_groups, tiers
-from lohan_fx.planner.places import activation_places, backward_intervals, bucket_places
+from lohan_fx.planner.places import (
+    activation_places,
+    backward_intervals,
+    bucket_places,
+    streamed_places,
+)
 from lohan_fx.planner.problem import (
     GPU_ALIGN,
     PAGE,
@@ -33,12 +38,13 @@ from lohan_fx.planner.traffic import (
     spare_bytes,
     state_buffer_bytes,
     state_section_bytes,
+    stream_piece,
     weight_section_bytes,
     written_bytes,
 )
 
 G, D, S, R = Place.GPU, Place.DRAM, Place.SSD, Place.RECOMPUTE
-SORTS = ("fetch", "swap", "grad", "state", "inbound", "outbound")
+SORTS = ("fetch", "swap", "grad", "state", "inbound", "outbound", "stream")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +91,12 @@ class Stock:
     kept: tuple[tuple[int, int], ...]
 
 
-def stock(problem: Problem, forced: Forced, relaxed: bool) -> Stock:
+def stock(problem: Problem, forced: Forced, relaxed: bool, streams: bool) -> Stock:
     """The lots of a problem.
 
     `relaxed`: every place that the checker accepts, with the least it can cost. Otherwise only what
     a search considers, at no less than it costs when members are made resident in their order.
+    `streams`: states may pass through the GPU for their updates.
     """
     kept = _intervals(problem, forced, relaxed)
     num_positions = 2 * problem.num_stages + 1
@@ -104,7 +111,7 @@ def stock(problem: Problem, forced: Forced, relaxed: bool) -> Stock:
         *pinned_groups(problem, forced),
     ]
     for group, pinned in groups:
-        lot = _lot(problem, group, pinned, kept, relaxed)
+        lot = _lot(problem, group, pinned, kept, relaxed, streams)
         for index in group.members:
             for start, end, size in _used_spans(problem, group, index, kept):
                 base[start:end] += size
@@ -133,11 +140,13 @@ def _lot(
     pinned: AnyPlace | None,
     kept: Sequence[tuple[int, int]],
     relaxed: bool,
+    streams: bool,
 ) -> Lot:
     places: list[AnyPlace]
     if group.is_bucket:
         bucket = problem.buckets[group.typical]
         places = list(bucket_places(bucket))
+        places += streamed_places(problem, bucket) if streams else ()
     else:
         activation = problem.activations[group.typical]
         places = list(activation_places(activation))
@@ -200,7 +209,10 @@ def _bucket_bytes(
         passing["fetch"] = align_up(bucket.weight_bytes, GPU_ALIGN)
     if place.weight is S:
         passing["inbound"] = section
-    if bucket.trainable and place.state is not G:
+    if place.streamed:
+        passing["stream"] = stream_piece(bucket)
+        dram += state_section_bytes(bucket)
+    elif bucket.trainable and place.state is not G:
         gradient = align_up(bucket.grad_bytes, PAGE)
         passing["grad"] = gradient
         passing["state"] = state_buffer_bytes(bucket, place)
@@ -271,14 +283,15 @@ def _presence(
         section = state_section_bytes(bucket)
         section += accumulator_bytes(bucket) if problem.accumulates else 0
         found.append(Presence(states, section, np.zeros(num_positions, dtype=np.int64)))
-        gathered = np.zeros_like(used)
-        for row, index in enumerate(group.members):
-            # The gradient's span is the last of a bucket whose state is on the GPU.
-            start, end, _ = bucket_spans(problem, problem.buckets[index], BucketPlace(G, G))[-1]
-            gathered[row, start:end] = 1
-        gradient = align_up(bucket.grad_bytes, GPU_ALIGN)
-        if gradient:
-            found.append(Presence(states, gradient, _zeros(gathered, relaxed)))
+    streamed = tuple(k for k, p in enumerate(places) if isinstance(p, BucketPlace) and p.streamed)
+    gradient = align_up(bucket.grad_bytes, GPU_ALIGN)
+    for updated, place in ((states, BucketPlace(G, G)), (streamed, BucketPlace(G, D, True))):
+        if updated and gradient:
+            gathered = np.zeros_like(used)
+            for row, index in enumerate(group.members):
+                for start, end, _ in gradient_spans(problem, problem.buckets[index], place):
+                    gathered[row, start:end] = 1
+            found.append(Presence(updated, gradient, _zeros(gathered, relaxed)))
     return tuple(found)
 
 

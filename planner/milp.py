@@ -53,11 +53,13 @@ from lohan_fx.planner.traffic import (
     LANES,
     NUM_PHASES,
     SPILLING_LANES,
+    STREAM_BYTES,
     Floats,
     Ints,
     lane_seconds,
     optimizer_phase,
     stage_traffic,
+    updates_spill,
 )
 
 _GPU, _H2D, _D2H, _READ, _WRITE, _ADAM, _DRAM = range(len(LANES))
@@ -100,18 +102,26 @@ class Answer:
 
 
 def place_counts(
-    problem: Problem, forced: Forced, room: Room, cutoff_s: float = math.inf
+    problem: Problem,
+    forced: Forced,
+    room: Room,
+    cutoff_s: float = math.inf,
+    *,
+    streams: bool = False,
 ) -> Answer | None:
     """The best counts at one width of windows, found within a fixed effort.
 
-    None without any, or with none that take less than `cutoff_s`.
+    None without any, or with none that take less than `cutoff_s`. With `streams`, states may pass
+    through the GPU for their updates.
     """
-    relaxed = _Program(problem, forced, room, integral=False)
+    relaxed = _Program(problem, forced, room, integral=False, streams=streams)
     if not relaxed.settle() or relaxed.bound_s() >= cutoff_s:
         return None
-    if not relaxed.has_few_lots:
+    if streams or not relaxed.has_few_lots:
         return relaxed.rounded()
-    exact = _Program(problem, forced, room, integral=True, positions=relaxed.positions)
+    exact = _Program(
+        problem, forced, room, integral=True, streams=streams, positions=relaxed.positions
+    )
     if not exact.settle():
         return None
     found = exact.answer()
@@ -120,13 +130,15 @@ def place_counts(
 
 def bound_seconds(problem: Problem, forced: Forced) -> float | None:
     """Seconds that no placement's step is below, by the cost model; None where none can fit."""
-    relaxed = _Program(problem, forced, None, integral=False)
+    relaxed = _Program(problem, forced, None, integral=False, streams=True)
     if not relaxed.settle():
         return None
     bound = relaxed.bound_s()
     if not relaxed.has_few_lots:
         return bound * (1 - _PROOF_SLACK)
-    exact = _Program(problem, forced, None, integral=True, positions=relaxed.positions)
+    exact = _Program(
+        problem, forced, None, integral=True, streams=True, positions=relaxed.positions
+    )
     if exact.solve():
         bound = max(bound, exact.bound_s())
     return bound * (1 - _PROOF_SLACK)
@@ -146,12 +158,14 @@ class _Program:
         room: Room | None,
         *,
         integral: bool,
+        streams: bool,
         positions: Sequence[int] = (),
     ) -> None:
         self.problem = problem
         self.room = room
         self.integral = integral
-        self.stock: Stock = stock(problem, forced, relaxed=room is None)
+        self.spills = streams and room is not None
+        self.stock: Stock = stock(problem, forced, relaxed=room is None, streams=streams)
         self.positions: list[int] = []
         self._solver = pywraplp.Solver.CreateSolver("SCIP" if integral else "GLOP")
         self._infinity = self._solver.infinity()
@@ -338,7 +352,7 @@ class _Program:
         # A link slower than one way at a time would be a concave limit; one way at a time bounds it.
         shared = min(1.0, 1.0 / lanes.duplex_factor - 1.0)
         still = self.room is Room.NONE
-        spills = problem.overlap is Overlap.SPECULATIVE and not still
+        spills = updates_spill(problem, streams=self.spills) and not still
         for lane in SPILLING_LANES if spills else ():
             both = [*self._lane_terms(FORWARD, lane), *self._lane_terms(BACKWARD, lane)]
             self._phases_at_least((FORWARD, BACKWARD), 0.0, both)
@@ -497,21 +511,26 @@ class _Program:
         terms: list[Terms] = [[] for _ in range(2 * num_stages + 1)]
         if not self.problem.gpu_adam_workspace_bytes:
             return terms
-        switch = self._switch("gpu_adam")
+        size = float(self.problem.gpu_adam_workspace_bytes)
+        always, switch = self._switch("streams"), self._switch("gpu_adam")
+        if self._switched_by(always, _is_streamed):
+            self._at_most(0.0, [(always, 1.0), (switch, -1.0)])
+            terms = [[(always, size)] for _ in terms]
         if self._switched_by(switch, _has_gpu_state):
             waits = self.problem.overlap.waits_for_step
             turn = [2 * num_stages] if waits else range(num_stages, 2 * num_stages)
             for position in turn:
-                terms[position] = [(switch, float(self.problem.gpu_adam_workspace_bytes))]
+                terms[position] = [(switch, size)]
         return terms
 
     def _window_terms(self) -> list[Terms]:
         """By position: bytes in windows, each full as far as there is anything to move."""
         num_stages = self.problem.num_stages
         grad = self._window("grad", WINDOW_SHARE, self._moved("grad"))
-        terms: list[Terms] = [[] for _ in range(2 * num_stages + 1)]
+        ring = self._largest("stream", STREAM_BYTES)
+        terms: list[Terms] = [list(ring) for _ in range(2 * num_stages + 1)]
         for position in range(num_stages, 2 * num_stages):
-            terms[position] = list(grad)
+            terms[position] += grad
         if self.room in (None, Room.NONE):
             return terms
         closed = set(tight_positions(self.problem)) if self.room is Room.AROUND else set()
@@ -590,3 +609,8 @@ def _moves_at(problem: Problem, held: Stock, lot: Lot, index: int, sort: str) ->
 def _has_gpu_state(lot: Lot, k: int) -> bool:
     place = lot.places[k]
     return lot.trainable and isinstance(place, BucketPlace) and place.state is Place.GPU
+
+
+def _is_streamed(lot: Lot, k: int) -> bool:
+    place = lot.places[k]
+    return isinstance(place, BucketPlace) and place.streamed

@@ -16,9 +16,9 @@ import numpy as np
 from lohan_fx.planner.choice import Excess, Scarce, excess_bytes
 from lohan_fx.planner.least import is_redone_in_place
 from lohan_fx.planner.ledger import Ledger, Room
-from lohan_fx.planner.places import activation_places, bucket_places
+from lohan_fx.planner.places import activation_places, bucket_places, streamed_places
 from lohan_fx.planner.problem import Activation, Bucket, BucketPlace, Place, Problem
-from lohan_fx.planner.solution import Forced
+from lohan_fx.planner.solution import Forced, Windows
 from lohan_fx.planner.traffic import (
     TRAFFIC_WIDTH,
     Floats,
@@ -183,11 +183,17 @@ def item_bytes(
 
 
 class Search:
-    """One walk through the placements of one problem at one width of windows."""
+    """One walk through the placements of one problem at one width of windows.
 
-    def __init__(self, problem: Problem, forced: Forced, room: Room) -> None:
+    `streams`: states may pass through the GPU for their updates.
+    """
+
+    def __init__(
+        self, problem: Problem, forced: Forced, room: Room, *, streams: bool = False
+    ) -> None:
         self.problem = problem
         self.room = room
+        self.streams = streams
         self.groups = group_items(problem, forced)
         self.moves: list[Move] = []
         traffic: list[Floats] = []
@@ -213,6 +219,8 @@ class Search:
     def _places(self, item: Bucket | Activation) -> Sequence[AnyPlace]:
         if isinstance(item, Bucket):
             places: Sequence[AnyPlace] = bucket_places(item)
+            if self.streams:
+                places = [*places, *streamed_places(self.problem, item)]
         else:
             places = activation_places(item)
             if not is_redone_in_place(self.problem, item):
@@ -232,7 +240,7 @@ class Search:
         """What the search lowers, for traffic vectors [N, TRAFFIC_WIDTH]: step seconds, and a
         little of every lane's."""
         windows = ledger.windows(self.room)
-        phases = phase_seconds(self.problem, windows, self.room is not Room.NONE, traffic)
+        phases = self._phase_s(windows, traffic)
         busy = lane_seconds(self.problem.lanes, traffic)
         total: Floats = phases.sum(axis=1) + _TIE_SHARE * busy.sum(axis=(1, 2))
         return total
@@ -251,7 +259,7 @@ class Search:
         at = ledger.traffic[None, :]
         stacked = np.concatenate([at, at + self.traffic[rows]])
         windows = ledger.windows(self.room)
-        phases = phase_seconds(self.problem, windows, self.room is not Room.NONE, stacked)
+        phases = self._phase_s(windows, stacked)
         value = phases.sum(axis=1)
         with np.errstate(invalid="ignore"):
             saved: Floats = np.nan_to_num(value[0] - value[1:], nan=0.0)
@@ -260,8 +268,11 @@ class Search:
     def step_s(self, ledger: Ledger) -> float:
         """Seconds of the step as placed now."""
         windows = ledger.windows(self.room)
+        return float(self._phase_s(windows, ledger.traffic[None, :]).sum())
+
+    def _phase_s(self, windows: Windows, traffic: Floats) -> Floats:
         ahead = self.room is not Room.NONE
-        return float(phase_seconds(self.problem, windows, ahead, ledger.traffic[None, :]).sum())
+        return phase_seconds(self.problem, windows, ahead, traffic, streams=self.streams)
 
     def excess(self, ledger: Ledger) -> Excess:
         """Bytes over what there is of each scarce thing."""

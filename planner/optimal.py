@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner.choice import NotFaster, all_on_gpu, excess_of, finish, rank, replayed
@@ -60,14 +61,40 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
         if best is None:
             assert failure is not None
             raise failure
-        mixed = _mixed(problem, forced, best)
+        mixed = _mixed(problem, forced, best, [(0,), (1,), (2,)])
         if mixed is not None:
             best = min(best, mixed, key=rank)
+        if _waits_for_cpu(best):
+            best = _streamed(problem, forced, best)
     else:
         best = replayed(problem, best)
     best = dataclasses.replace(best, policy="optimal", optimality=None)
     proof = _proof(problem, forced, best)
     return with_reasons(problem, dataclasses.replace(best, optimality=proof), forced)
+
+
+def _waits_for_cpu(solution: Solution) -> bool:
+    """True if the GPU stands still for the CPU's updates, or for DRAM, for a part of the step that counts."""
+    stalled = solution.predicted.stall_s
+    waited_s = stalled.get("cpu_adam", 0.0) + stalled.get("dram", 0.0)
+    return waited_s > _WAITS * solution.predicted.step_s
+
+
+def _streamed(problem: Problem, forced: Forced, best: Solution) -> Solution:
+    """The best plan where states may pass through the GPU, if it is faster than `best`.
+
+    Updates by the CPU and by the GPU are mixed evenly, so that both the CPU and the link have something
+    to do all along.
+    """
+    for asked in _readings(problem):
+        most_s = (1 - _WAITS) * best.predicted.step_s
+        for solution in placements(asked, forced, streams=True, cutoff_s=most_s):
+            with suppress(NotFaster):
+                found = _mixed(problem, forced, solution, [(0, 1), (2,)])
+                found = found or replayed(problem, solution, best.predicted.step_s)
+                if not any(excess_of(problem, found.predicted)):
+                    best = min(best, found, key=rank)
+    return best
 
 
 def _readings(problem: Problem) -> list[Problem]:
@@ -122,25 +149,34 @@ def _proof(problem: Problem, forced: Forced, solution: Solution) -> Optimality |
     )
 
 
+# Of a step: what makes states that pass through the GPU worth trying.
+_WAITS = 0.03
 # A gap at which the bound and the step are the same number for every practical purpose.
 _PROVED = 1e-4
 
 
-def placements(problem: Problem, forced: Forced) -> Iterator[Solution]:
-    """The program's placements, at each width of windows, that fit once they are mended."""
+def placements(
+    problem: Problem, forced: Forced, *, streams: bool = False, cutoff_s: float = math.inf
+) -> Iterator[Solution]:
+    """The program's placements, at each width of windows, that fit once they are mended.
+
+    Those of which it says that they take `cutoff_s` or more are left out. With `streams`, states may
+    pass through the GPU for their updates.
+    """
     # Loading a solver takes a while: only where there is something to decide.
     from lohan_fx.planner.milp import place_counts
 
     best_s = math.inf
     for room in rooms(problem):
         # Without windows nothing is hidden: that pays only where there is no room for them.
-        answer = place_counts(problem, forced, room, best_s if room is Room.NONE else math.inf)
+        most_s = min(cutoff_s, best_s) if room is Room.NONE else cutoff_s
+        answer = place_counts(problem, forced, room, most_s, streams=streams)
         if answer is None:
             continue
-        search = Search(problem, forced, room)
+        search = Search(problem, forced, room, streams=streams)
         ledger = _opened(problem, *_spelled_out(problem, answer.lots, answer.counts))
         if improve(search, ledger):
-            solution = finish(problem, ledger, room, "optimal")
+            solution = finish(problem, ledger, room, "optimal", streams=streams)
             if solution is not None:
                 best_s = min(best_s, search.step_s(ledger))
                 yield solution
@@ -187,16 +223,18 @@ def _residence(place: AnyPlace) -> int:
     return 2 if place is Place.GPU else 0
 
 
-def _mixed(problem: Problem, forced: Forced, solution: Solution) -> Solution | None:
-    """The same counts, with places that are equally resident mixed evenly along the model.
+def _mixed(
+    problem: Problem, forced: Forced, solution: Solution, residences: Sequence[tuple[int, ...]]
+) -> Solution | None:
+    """The same counts, with places of the same `residences` mixed evenly along the model.
 
     Lanes are then loaded alike from layer to layer, which a step by the simulator may gain from.
     """
     buckets, activations = list(solution.buckets), list(solution.activations)
     for group in group_items(problem, forced):
         placed: list[AnyPlace] = [*buckets] if group.is_bucket else [*activations]
-        for residence in (0, 1, 2):
-            members = [i for i in group.members if _residence(placed[i]) == residence]
+        for alike in residences:
+            members = [i for i in group.members if _residence(placed[i]) in alike]
             counts = Counter(placed[i] for i in members)
             # The k-th of n at one place stands at (k + 1/2) / n of the way.
             spots = sorted(

@@ -19,6 +19,7 @@ from lohan_fx.planner import (
     estimate,
     predict,
     solve,
+    streamed_places,
     validate,
 )
 
@@ -112,7 +113,8 @@ def test_no_placement_at_the_same_windows_is_replayed_faster(name: str) -> None:
     question = ROOMS[name]
     best = solve(question, "optimal")
     least, tried = math.inf, 0
-    for homes in itertools.product(*map(bucket_places, question.buckets)):
+    choices = [(*bucket_places(b), *streamed_places(question, b)) for b in question.buckets]
+    for homes in itertools.product(*choices):
         for acts in itertools.product(*map(activation_places, question.activations)):
             guess = estimate(question, homes, acts, best.windows)
             answer = Solution("any", homes, acts, best.windows, guess)

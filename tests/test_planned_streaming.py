@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from problems import MIB, bucket, lanes, problem
 
 from lohan_fx.errors import InfeasiblePlan, LohanError
 from lohan_fx.planner import (
+    SOLVERS,
     BucketPlace,
     Forced,
     Lanes,
@@ -23,6 +25,7 @@ from lohan_fx.planner import (
     Windows,
     estimate,
     gpu_occupants,
+    optimal,
     predict,
     simulate,
     solve,
@@ -245,7 +248,48 @@ def test_a_ring_that_is_too_small_is_found() -> None:
 @pytest.mark.parametrize("place", [ON_GPU, IN_DRAM])
 def test_a_forced_place_is_kept(place: BucketPlace) -> None:
     question = layers(3, gpu=60)
-    for policy in ("greedy",):
+    for policy in ("greedy", "optimal"):
         answer = solve(question, policy, Forced({1: place}))
         assert answer.buckets[1] == place
         assert validate(question, answer) == []
+
+
+# ---- the choice ----
+
+
+def slow_adam(**rest: Any) -> Problem:
+    """Layers that do not fit the GPU, on a CPU that takes an update longer than a layer."""
+    given = {"gpu": 80, "ssd": 0, "rates": rates(cpu_adam_params_per_s=MIB / 8), **rest}
+    return layers(8, **given)
+
+
+@pytest.mark.parametrize("overlap", [Overlap.BACKWARD, Overlap.NEXT_FORWARD])
+def test_where_the_cpu_is_slow_some_states_pass_through_the_gpu(
+    overlap: Overlap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = slow_adam(overlap=overlap)
+    answer = optimal(question)
+    assert validate(question, answer) == []
+    assert any(place.streamed for place in answer.buckets)
+    module = sys.modules["lohan_fx.planner.optimal"]  # the package has a function of that name
+    monkeypatch.setattr(module, "_waits_for_cpu", lambda _: False)
+    assert answer.predicted.step_s < 0.9 * optimal(question).predicted.step_s
+
+
+def test_where_the_link_is_slow_the_cpu_makes_the_updates() -> None:
+    answer = optimal(slow_adam(rates=rates(cpu_adam_params_per_s=MIB)))
+    assert not any(place.streamed for place in answer.buckets)
+    slow_link = lanes(h2d_bytes_per_s=MIB, d2h_bytes_per_s=MIB, cpu_adam_params_per_s=MIB / 8)
+    assert not any(place.streamed for place in optimal(slow_adam(rates=slow_link)).buckets)
+
+
+def test_what_other_systems_do_has_no_such_states() -> None:
+    question = dataclasses.replace(
+        slow_adam(), capacities=dataclasses.replace(slow_adam().capacities, ssd_bytes=10**12)
+    )
+    for policy in SOLVERS.keys() - {"optimal"}:
+        try:
+            answer = solve(question, policy)
+        except InfeasiblePlan:
+            continue
+        assert not any(place.streamed for place in answer.buckets), policy

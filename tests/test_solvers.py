@@ -22,6 +22,7 @@ from lohan_fx.planner import (
     bucket_places,
     estimate,
     solve,
+    streamed_places,
     validate,
 )
 from lohan_fx.planner.cost import step_seconds
@@ -43,7 +44,8 @@ def is_resident(answer: Solution) -> bool:
 def every_placement(question: Problem) -> list[tuple[float, Solution]]:
     """All sound plans at the windows of each Room, with their seconds by the cost model."""
     found = []
-    for buckets in itertools.product(*map(bucket_places, question.buckets)):
+    homes = [(*bucket_places(b), *streamed_places(question, b)) for b in question.buckets]
+    for buckets in itertools.product(*homes):
         for acts in itertools.product(*map(activation_places, question.activations)):
             ledger = Ledger(question, buckets, acts)
             for room in Room:
