@@ -30,6 +30,7 @@ from lohan_fx.planner import (
     Solution,
     activation_places,
     bucket_places,
+    streamed_places,
 )
 
 Pins = Mapping[str, str]
@@ -233,7 +234,7 @@ def _choices(wanted: Mapping[int, _Wanted], problem: Problem) -> list[dict[int, 
         bucket = problem.buckets[index]
         allowed[index] = [
             place
-            for place in bucket_places(bucket)
+            for place in (*bucket_places(bucket), *streamed_places(problem, bucket))
             if asked.weight in (None, place.weight) and asked.state in (None, place.state)
         ]
         if not allowed[index]:

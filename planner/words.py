@@ -10,7 +10,7 @@ from lohan_fx.planner.choice import SECONDS_PER_DAY
 from lohan_fx.planner.least import least_bytes, start
 from lohan_fx.planner.ledger import Ledger, Room
 from lohan_fx.planner.moves import AnyPlace, Search
-from lohan_fx.planner.problem import NothingFits, Place, Problem
+from lohan_fx.planner.problem import BucketPlace, NothingFits, Place, Problem
 from lohan_fx.planner.solution import Forced, Solution
 
 
@@ -89,7 +89,8 @@ def _gb(num_bytes: int) -> str:
 
 def with_reasons(problem: Problem, solution: Solution, forced: Forced) -> Solution:
     """The solution with one line per bucket and per activation: why it is where it is."""
-    search = Search(problem, forced, Room.STAGE)
+    streams = any(place.streamed for place in solution.buckets)
+    search = Search(problem, forced, Room.STAGE, streams=streams)
     words = _move_words(search, problem, solution)
     group_of = {
         (group.is_bucket, member): number
@@ -104,13 +105,18 @@ def with_reasons(problem: Problem, solution: Solution, forced: Forced) -> Soluti
             return "forced"
         if resident:
             return "everything fits on the GPU"
-        return words.get((number, place), "there is no other place for it")
+        why = words.get((number, place), "there is no other place for it")
+        streamed = isinstance(place, BucketPlace) and place.streamed
+        return f"{_STREAMED}; {why}" if streamed else why
 
     return dataclasses.replace(
         solution,
         bucket_reasons=tuple(reason(True, i, p) for i, p in enumerate(solution.buckets)),
         activation_reasons=tuple(reason(False, i, p) for i, p in enumerate(solution.activations)),
     )
+
+
+_STREAMED = "updated on the GPU, its state copied there and back"
 
 
 def _is_resident(solution: Solution) -> bool:

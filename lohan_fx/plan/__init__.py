@@ -26,6 +26,7 @@ from lohan_fx.planner import (
     Solution,
     simulate,
 )
+from lohan_fx.units import format_bytes
 
 from .graph import GraphSummary
 from .timeline import Timeline
@@ -290,7 +291,7 @@ class Plan:
             self,
             solution=solution,
             predicted=solution.predicted,
-            reasons=_summary(solution),
+            reasons=_summary(problem, solution),
             timeline=Timeline.of(
                 simulate(problem, solution.buckets, solution.activations, solution.windows)
             ),
@@ -338,7 +339,7 @@ def build_plan(
         speculating=problem.speculating,
         traced_on=traced_on,
         fits=True,
-        reasons=_summary(solution),
+        reasons=_summary(problem, solution),
         predicted=solution.predicted,
         throughput=throughput,
         num_params=params,
@@ -518,8 +519,8 @@ def _bucket_tier(cls: str, bucket: Bucket, place: BucketPlace) -> Place:
     if cls == "weight16" or (cls == "master32" and not bucket.has_master):
         return place.weight
     if cls == "gradient":
-        # Consumed where Adam runs: on the GPU if the state is there, else from a host buffer.
-        return Place.GPU if place.state is Place.GPU else Place.DRAM
+        # Consumed where Adam runs: on the GPU, or else from a host buffer.
+        return Place.GPU if place.by_gpu else Place.DRAM
     return place.state
 
 
@@ -527,14 +528,20 @@ def _reason(reasons: tuple[str, ...], index: int) -> str:
     return reasons[index] if reasons else ""
 
 
-def _summary(solution: Solution) -> tuple[str, ...]:
-    """What limits the step, and how near it is to what its lanes allow."""
+def _summary(problem: Problem, solution: Solution) -> tuple[str, ...]:
+    """What limits the step, how near it is to what its lanes allow, and what passes through the GPU."""
     predicted = solution.predicted
-    limit = f"the step is limited by {predicted.bottleneck}"
-    if predicted.step_s <= 0:
-        return (limit,)
-    share = predicted.bound_s / predicted.step_s
-    return (limit, f"the busiest lane is in use for {share:.0%} of the step")
+    words = [f"the step is limited by {predicted.bottleneck}"]
+    if predicted.step_s > 0:
+        share = predicted.bound_s / predicted.step_s
+        words.append(f"the busiest lane is in use for {share:.0%} of the step")
+    placed = zip(problem.buckets, solution.buckets, strict=True)
+    copied = sum(bucket.state_bytes for bucket, place in placed if place.streamed)
+    if copied:
+        words.append(
+            f"{format_bytes(copied)} of states in DRAM are copied to the GPU and back for their updates"
+        )
+    return tuple(words)
 
 
 __all__ = [

@@ -17,6 +17,8 @@ const CARRIED = {
   adam: ["master32", "moments32"],
   "read state": ["master32", "moments32"],
   "write state": ["master32", "moments32"],
+  "state in": ["master32", "moments32"],
+  "state out": ["master32", "moments32", "weight16"],
 };
 
 function styleOf(what, kind) {
