@@ -18,13 +18,13 @@ from lohan_fx.planner import (
     BucketPlace,
     Forced,
     Ledger,
-    Place,
     Problem,
     Room,
     Solution,
     activation_places,
     bucket_places,
     predict,
+    streamed_places,
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -334,7 +334,7 @@ class RandomPolicy:
 
     def __call__(self, problem: Problem, forced: Forced) -> Solution:
         draw = random.Random(self.seed)
-        buckets = [draw.choice(self._places(b)) for b in problem.buckets]
+        buckets = [draw.choice(self._places(problem, b)) for b in problem.buckets]
         activations = [draw.choice(activation_places(a)) for a in problem.activations]
         ledger = Ledger(problem, buckets, activations)
         windows = ledger.windows(draw.choice(list(Room)))
@@ -349,11 +349,11 @@ class RandomPolicy:
             predicted=predict(problem, buckets, activations, windows),
         )
 
-    def _places(self, bucket: Bucket) -> list[BucketPlace]:
-        places = bucket_places(bucket)
+    def _places(self, problem: Problem, bucket: Bucket) -> list[BucketPlace]:
+        places = [*bucket_places(bucket), *streamed_places(problem, bucket)]
         if not (self.cpu_adam and bucket.trainable):
-            return list(places)
-        return [place for place in places if place.state is not Place.GPU]
+            return places
+        return [place for place in places if not place.by_gpu]
 
 
 def uses(model: Any) -> Mapping[str, Sequence[str]]:
