@@ -40,9 +40,10 @@ from lohan_fx.planner import (
     Solution,
     activation_places,
     predict,
+    streamed_places,
 )
 
-TIERS = ("gpu", "dram", "ssd")
+TIERS = ("gpu", "dram", "ssd", "streamed")
 OVERLAPS = ("backward", "next-forward")
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
 # Relative for losses and norms, absolute for weights; see test_exactness.
@@ -55,13 +56,21 @@ CLOSE = {
 
 @dataclass(frozen=True)
 class InOneTier:
-    """Puts every weight, state and activation into one tier, as far as they may go there."""
+    """Puts every weight, state and activation into one tier, as far as they may go there.
+
+    "streamed" is DRAM, with states that pass through the GPU for their updates, where they may.
+    """
 
     tier: str
 
     def __call__(self, problem: Problem, forced: Forced) -> Solution:
-        tier = Place(self.tier)
+        tier = Place.DRAM if self.tier == "streamed" else Place(self.tier)
         buckets = [BucketPlace(tier, tier)] * len(problem.buckets)
+        if self.tier == "streamed":
+            buckets = [
+                (*streamed_places(problem, b)[-1:], place)[0]
+                for b, place in zip(problem.buckets, buckets, strict=True)
+            ]
         activations = [
             tier if tier in activation_places(a) else activation_places(a)[0]
             for a in problem.activations
@@ -218,6 +227,6 @@ def _adamw(recipe: Recipe) -> dict[str, Any]:
 
 def assert_same_bits(results: dict[str, Result]) -> None:
     """Tiers agree bit for bit, where Adam rounds alike: not between a GPU's and a CPU's."""
-    names = [name for name in results if DEVICE.type == "cpu" or name != "gpu"]
+    names = [n for n in results if DEVICE.type == "cpu" or n not in ("gpu", "streamed")]
     for name in names[1:]:
         results[name].assert_equal(results[names[0]])
