@@ -295,6 +295,22 @@ def test_requests_under_way_together_are_told_apart_by_their_ends() -> None:
     ]
 
 
+def test_copies_of_two_streams_share_a_lane() -> None:
+    works = [
+        Work("h2d", "state in", 1, 0, "update", 11.0, 12.0),
+        Work("h2d", "state in", 1, 0, "update", 12.0, 14.0),
+        Work("h2d", "fetch", 0, 0, "forward", 12.5, 13.0),
+        Work("d2h", "state out", 1, 0, "update", 12.0, 15.0),
+    ]
+    first, _ = timelines(noted(works=works), {0: NAMES})
+    assert [(s.lane, s.what, s.start_s, s.end_s) for s in first.spans] == [
+        ("d2h", "state out", 2.0, 5.0),
+        ("h2d", "state in", 1.0, 2.0),
+        ("h2d", "fetch", 2.5, 3.0),
+        ("h2d", "state in", 3.0, 4.0),
+    ]
+
+
 def test_a_wait_for_an_update_is_for_the_lane_that_it_was_in() -> None:
     native = [
         ("head:w master weights", "ssd_read", 11.0, 14.0),

@@ -64,7 +64,8 @@ class _Assembly:
             return []
         assert self._recorder.closed is not None
         borders.append(max(self._seconds(self._recorder.closed), borders[-1]))
-        spans = [*_joined(self._worked()), *self._optimizer(), *_joined(self._files())]
+        worked = _joined(_one_by_one(self._worked()))
+        spans = [*worked, *self._optimizer(), *_joined(self._files())]
         stalls = self._stalls(spans)
         held = [(self._seconds(note.point), note.by_class) for note in self._recorder.held]
         span_rows: list[list[TimeSpan]] = [[] for _ in opening]
@@ -202,6 +203,23 @@ def _engine_items(names: Names) -> dict[str, tuple[Item, bool]]:
         item = ("activation", index, names.activations[index])
         found[f"activation {names.slot_names[slot]}"] = item, False
     return found
+
+
+def _one_by_one(spans: Iterable[TimeSpan]) -> Iterator[TimeSpan]:
+    """Two copies of one direction may be under way at once; each is drawn from where the one that
+    ended before it did, so that they do not overlap."""
+    copies: dict[str, list[TimeSpan]] = {"h2d": [], "d2h": []}
+    for span in spans:
+        if span.lane in copies:
+            copies[span.lane].append(span)
+        else:
+            yield span
+    for row in copies.values():
+        free_s = 0.0
+        for span in sorted(row, key=lambda span: span.end_s):
+            start = max(span.start_s, free_s)
+            free_s = max(span.end_s, free_s)
+            yield replace(span, start_s=start, end_s=free_s)
 
 
 def _joined(spans: Iterable[TimeSpan]) -> Iterator[TimeSpan]:
