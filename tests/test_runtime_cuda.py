@@ -8,6 +8,7 @@ import pytest
 import torch
 from toy import (
     PLACES,
+    STREAMED,
     D,
     Driver,
     G,
@@ -58,6 +59,45 @@ def test_steps_on_cuda_have_the_bits_of_plain_adam(
     runtime.close()
 
 
+@pytest.mark.parametrize("linger", [0, 300_000])
+@pytest.mark.parametrize("mode", ["backward", "next-forward", "serial"])
+def test_states_that_pass_through_the_gpu_have_the_bits_of_those_that_rest_there(
+    tmp_path: Path, mode: str, linger: int
+) -> None:
+    buckets = make_buckets(6, "bfloat16")
+    program = make_program(buckets, make_slots([D, S, D], "bfloat16"))
+    found = []
+    for placements in ([place(G, G)] * 6, STREAMED["bfloat16"] * 3):
+        runtime = make_runtime(
+            tmp_path,
+            buckets,
+            placements,
+            [program],
+            hyper=Hyper(),
+            overlap=mode,
+            device="cuda",
+            poison=True,
+        )
+        driver = Driver(runtime, buckets, linger=linger)
+        for _ in range(4):
+            driver.train(program)
+        values = runtime.values
+        found.append(
+            [
+                value
+                for bucket in buckets
+                for spec in bucket.params
+                for value in (
+                    values.weight(spec.pid),
+                    values.master(spec.pid),
+                    *values.moments(spec.pid),
+                )
+            ]
+        )
+        runtime.close()
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_clipping_on_cuda_is_that_of_the_cpu(tmp_path: Path) -> None:
     buckets = make_buckets(4, "bfloat16")
     program = make_program(buckets)
@@ -82,13 +122,17 @@ def test_clipping_on_cuda_is_that_of_the_cpu(tmp_path: Path) -> None:
 
 
 def test_a_close_in_the_middle_of_a_backward_returns_pinned_memory(tmp_path: Path) -> None:
-    buckets = make_buckets(3)
-    program = make_program(buckets, make_slots([S, D, S]))
-    for _ in range(3):
+    for dtype, placements in (
+        ("float32", [place(D, D), place(S, S), place(D, S)]),
+        ("bfloat16", [*STREAMED["bfloat16"], place(D, S)]),
+        ("bfloat16", [place(S, S), *STREAMED["bfloat16"]]),
+    ):
+        buckets = make_buckets(3, dtype)
+        program = make_program(buckets, make_slots([S, D, S], dtype))
         runtime = make_runtime(
             tmp_path,
             buckets,
-            [place(D, D), place(S, S), place(D, S)],
+            placements,
             [program],
             hyper=Hyper(),
             device="cuda",
@@ -103,9 +147,9 @@ def test_a_close_in_the_middle_of_a_backward_returns_pinned_memory(tmp_path: Pat
 
 
 def test_device_memory_of_steps_goes_back(tmp_path: Path) -> None:
-    buckets = make_buckets(6, "bfloat16")
+    placements = all_places("bfloat16")
+    buckets = make_buckets(len(placements), "bfloat16")
     program = make_program(buckets, make_slots([S, D, S], "bfloat16"))
-    placements = [place(*tiers) for tiers in PLACES["bfloat16"][:6]]
     runtime = make_runtime(tmp_path, buckets, placements, [program], hyper=Hyper(), device="cuda")
     driver = Driver(runtime, buckets)
     held = []
