@@ -52,13 +52,14 @@ class Resources:
 
     def open_windows(self) -> None:
         """Raises LohanError where a budget is exceeded; then nothing of them is held."""
-        before = self.pools.host_addresses()
+        before, gpu_bytes = self.pools.host_addresses(), self.pools.gpu.current_bytes
         try:
             windows = Windows(
                 self.pools, self.device, self.waits, self.store, self.options, self.progress
             )
         except BaseException:
             self.pools.free_hosts_but(before)
+            self.pools.gpu.give(self.pools.gpu.current_bytes - gpu_bytes)
             raise
         self.windows = windows
 
