@@ -29,6 +29,7 @@ from functools import partial
 import torch
 
 from lohan_fx.errors import LohanError
+from lohan_fx.planner.traffic import STREAM_SLOTS
 from lohan_fx.program import Bucket
 
 from .adam_gpu import Scale, Update, update_on_device
@@ -39,7 +40,6 @@ from .memory import Pools
 from .records import Record, UpdateState
 from .waits import Waits
 
-NUM_SLOTS = 3
 _STATE = ("master", "exp_avg", "exp_avg_sq")
 # Pieces are multiples of this many elements, so that all arrays in a slot start aligned for vectors.
 _PIECE_ALIGN = 64
@@ -131,7 +131,7 @@ class Streamed:
         if not homes:
             self._memory = None
             return
-        size = nbytes // NUM_SLOTS // DEVICE_ALIGN * DEVICE_ALIGN
+        size = nbytes // STREAM_SLOTS // DEVICE_ALIGN * DEVICE_ALIGN
         for home in homes:
             self._at_rest[home.bucket.index] = at_rest = _at_rest(home, size)
             if not at_rest.room:
@@ -142,7 +142,7 @@ class Streamed:
         with torch.inference_mode(False):
             self._memory = pools.device_bytes(nbytes, "the ring of streamed states")
         mark = device.mark()
-        for start in range(0, NUM_SLOTS * size, size):
+        for start in range(0, STREAM_SLOTS * size, size):
             self._slots.append(_Slot(self._memory.bytes[start : start + size], mark))
 
     @property
