@@ -106,7 +106,10 @@ class LohanFx:
             "stall_s": {what: round(s, 3) for what, s in stats.stall_s.items()},
             "overlap": plan.overlap,
             "grad_norm": self.optimizer.last_grad_norm,
-            "updates": {what: int(stats.updates[what]) for what in ("made_ahead", "made_in_vain")},
+            "updates": {
+                what: int(stats.updates[what])
+                for what in ("made_ahead", "made_in_vain", "streamed")
+            },
             "predicted": {
                 "step_s": round(predicted.step_s, 4),
                 "bound_s": round(predicted.bound_s, 4),
