@@ -10,6 +10,8 @@ import pytest
 from problems import MIB, bucket, lanes, problem
 
 from lohan_fx.errors import InfeasiblePlan, LohanError
+from lohan_fx.pins import forced_placements
+from lohan_fx.plan import Plan, TensorRow, build_plan
 from lohan_fx.planner import (
     SOLVERS,
     BucketPlace,
@@ -33,6 +35,8 @@ from lohan_fx.planner import (
     streamed_places,
     validate,
 )
+from lohan_fx.planner.lots import stock
+from lohan_fx.planner.traffic import STREAM_BYTES
 
 G, D, S = Place.GPU, Place.DRAM, Place.SSD
 ON_GPU, IN_DRAM = BucketPlace(G, D, streamed=True), BucketPlace(D, D, streamed=True)
@@ -199,6 +203,28 @@ def test_gradients_stay_on_the_gpu_until_the_weights_are_read_again(overlap: Ove
     assert sum(part.bytes for part in parts) == 6 * WEIGHT + RING
 
 
+def test_the_checker_counts_the_ring_and_the_gradients() -> None:
+    question = layers(3)
+    answer = answered(question, *[ON_GPU] * 3)
+    peaks = answer.predicted.peak_bytes
+    less = dataclasses.replace(
+        answer.predicted, peak_bytes={**peaks, "gpu": peaks["gpu"] - 1, "dram": peaks["dram"] - 1}
+    )
+    faults = validate(question, dataclasses.replace(answer, predicted=less))
+    assert [fault.split(" peak")[0] for fault in faults] == ["the GPU", "the dram"]
+
+
+@pytest.mark.parametrize("place", [ON_GPU, IN_DRAM])
+def test_the_program_counts_what_the_ledger_does(place: BucketPlace) -> None:
+    question = layers(1)
+    (lot,) = stock(question, Forced({0: place}), relaxed=False, streams=True).lots
+    ledger = Ledger(question, [place], [])
+    windows = ledger.windows(Room.ITEM)
+    assert lot.places == (place,)
+    assert lot.dram == (ledger.dram_bytes(windows),)
+    assert STREAM_BYTES * lot.buffered["stream"][0] == windows.stream_bytes == RING
+
+
 def test_pieces_are_no_larger_than_four_mi_elements() -> None:
     question = layers(1, gpu=10**6)
     large = dataclasses.replace(question, buckets=(bucket(0, 0, weight_mib=64),))
@@ -274,6 +300,46 @@ def test_where_the_cpu_is_slow_some_states_pass_through_the_gpu(
     module = sys.modules["lohan_fx.planner.optimal"]  # the package has a function of that name
     monkeypatch.setattr(module, "_waits_for_cpu", lambda _: False)
     assert answer.predicted.step_s < 0.9 * optimal(question).predicted.step_s
+
+
+def test_a_plan_says_what_passes_through_the_gpu() -> None:
+    question = slow_adam()
+    answer = optimal(question)
+    streamed = [i for i, place in enumerate(answer.buckets) if place.streamed]
+    for index, reason in enumerate(answer.bucket_reasons):
+        assert reason.startswith("updated on the GPU, its state copied") == (index in streamed)
+        assert "there is no other place" not in reason
+    rows = [
+        TensorRow(f"w{b.index}", cls, b.index, (b.numel,), "float32", 4 * b.numel, bucket=b.index)
+        for b in question.buckets
+        for cls in ("master32", "gradient")
+    ]
+    plan = build_plan(
+        question, answer, model="m", hardware="h", budget="", policy="optimal", tensors=rows
+    )
+    assert any(
+        "of states in DRAM are copied to the GPU and back" in words for words in plan.reasons
+    )
+    placed = {(row.bucket, row.cls): row.placement for row in plan.tensors}
+    for index in streamed:
+        assert placed[index, "master32"] == "dram"
+        assert placed[index, "gradient"] == "gpu"
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_state_that_is_pinned_to_dram_may_pass_through_the_gpu() -> None:
+    question = slow_adam()
+    rows = [TensorRow("w", "weight16", 0, (1,), "bfloat16", 2, bucket=0)]
+    choices = forced_placements({"state:w": "dram"}, rows, question)
+    assert [each.buckets[0] for each in choices] == [
+        BucketPlace(G, D),
+        BucketPlace(D, D),
+        BucketPlace(S, D),
+        ON_GPU,
+        IN_DRAM,
+    ]
+    summing = dataclasses.replace(question, accumulates=True)
+    assert len(forced_placements({"state:w": "dram"}, rows, summing)) == 3
 
 
 def test_where_the_link_is_slow_the_cpu_makes_the_updates() -> None:
