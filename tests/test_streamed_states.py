@@ -390,7 +390,7 @@ def test_the_ring_is_within_the_budget_and_goes_back(tmp_path: Path) -> None:
 
 
 def test_a_ring_that_other_windows_do_not_fit_beside_goes_back(tmp_path: Path) -> None:
-    runtime, driver, _, _ = start(tmp_path, [IN_DRAM, place(D, D)])
+    runtime, *_ = start(tmp_path, [IN_DRAM, place(D, D)])
     options = replace(runtime._resources.options, inbound_bytes=4096)
     with pytest.raises(LohanError, match="raise it"):
         runtime.place([IN_DRAM, place(S, D)], options)
