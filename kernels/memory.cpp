@@ -46,12 +46,19 @@ char* map(std::size_t bytes, std::size_t alignment) {
   return begin + skip;
 }
 
-// Returns 0 or an errno value.
+// Returns 0 or an errno value. The kernel lets no other thread map memory while it populates a range, so
+// ranges are short: Python maps memory all the time.
 int populate(char* begin, std::size_t bytes) {
-  for (;;) {
-    if (::madvise(begin, bytes, MADV_POPULATE_WRITE) == 0) return 0;
-    if (errno == EINVAL) break;  // an older kernel
-    if (errno != EINTR && errno != EAGAIN) return errno;
+  while (bytes > 0) {
+    const std::size_t size = std::min(kHugePage, bytes);
+    if (::madvise(begin, size, MADV_POPULATE_WRITE) == 0) {
+      begin += size;
+      bytes -= size;
+    } else if (errno == EINVAL) {
+      break;  // an older kernel
+    } else if (errno != EINTR && errno != EAGAIN) {
+      return errno;
+    }
   }
   for (std::size_t at = 0; at < bytes; at += kPage) *static_cast<volatile char*>(begin + at) = 0;
   return 0;
