@@ -46,6 +46,8 @@ from .units import format_bytes
 # torch's allocator also serves cuBLAS workspaces and rounds blocks up; a plan leaves them this much.
 CUDA_MARGIN_BYTES = 160 * 2**20
 CUDA_MARGIN_SHARE = 50
+# And it reserves more than it hands out: 280 MB at most in steps of 0.3 to 1.5 s, with expandable segments.
+CUDA_RESERVE_BYTES = 160 * 2**20
 
 
 def buckets_of(
@@ -125,7 +127,8 @@ def formulated(
 def _margin_bytes(settings: Settings) -> int:
     if settings.device.type != "cuda":
         return 0
-    return CUDA_MARGIN_BYTES + settings.capacities.gpu_bytes // CUDA_MARGIN_SHARE
+    share = settings.capacities.gpu_bytes // CUDA_MARGIN_SHARE
+    return CUDA_MARGIN_BYTES + share + min(share, CUDA_RESERVE_BYTES)
 
 
 def replayed(step: TracedStep, plan: Plan, settings: Settings) -> tuple[TracedStep, Solution]:
