@@ -364,7 +364,8 @@ def _gains(step: TracedStep, policy: str, step_s: float) -> tuple[Gain, ...]:
         asked.append((words, ssd.with_capacity(ssd=int(have.ssd_bytes * more))))
     percent = f"{_FASTER - 1:.0%} faster"
     asked.append((f"a GPU link {percent}", faster("h2d_bytes_per_s", "d2h_bytes_per_s")))
-    asked.append((f"CPU Adam {percent}", faster("cpu_adam_params_per_s")))
+    adam = faster("cpu_adam_params_per_s", "cpu_adam_ahead_params_per_s")
+    asked.append((f"CPU Adam {percent}", adam))
     asked.append((f"DRAM {percent}", faster("dram_bytes_per_s")))
     asked.append((f"a GPU {percent}", _with_faster_gpu(step)))
     gains = []

@@ -24,11 +24,12 @@ class Stage(enum.IntEnum):
 class Task:
     """One bucket's update. `events` are copies that must be complete before Adam starts.
 
-    `point` is where the compute stream was when the update became possible.
+    `params` are those that Adam updates in place in as long. `point` is where the compute stream was when
+    the update became possible.
     """
 
     bucket: int
-    params: int
+    params: float
     dram_bytes_per_param: float
     read_bytes: int
     write_bytes: int

@@ -104,6 +104,7 @@ class Lanes:
 
     `duplex_factor` is the rate of one direction while both are busy, over its rate alone.
     `dram_bytes_per_s` counts every byte read or written by copies, the SSD and Adam together.
+    `cpu_adam_ahead_params_per_s` is Adam's rate into a second copy; 0 is as in place.
     """
 
     h2d_bytes_per_s: float
@@ -115,6 +116,7 @@ class Lanes:
     ssd_simplex: bool
     cpu_adam_params_per_s: float
     dram_bytes_per_s: float
+    cpu_adam_ahead_params_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +303,14 @@ def speculates(problem: Problem, bucket: Bucket, place: BucketPlace) -> bool:
         and not place.streamed
         and place.weight is not Place.SSD
     )
+
+
+def adam_params(problem: Problem, bucket: Bucket, place: BucketPlace) -> float:
+    """What an update by the CPU is in parameters that Adam updates in place in the same time."""
+    lanes = problem.lanes
+    if lanes.cpu_adam_ahead_params_per_s > 0 and speculates(problem, bucket, place):
+        return bucket.numel * lanes.cpu_adam_params_per_s / lanes.cpu_adam_ahead_params_per_s
+    return bucket.numel
 
 
 class NothingFits(InfeasiblePlan):

@@ -14,6 +14,7 @@ from lohan_fx.planner.problem import (
     Overlap,
     Place,
     Problem,
+    adam_params,
     align_up,
     speculates,
 )
@@ -37,8 +38,8 @@ STREAM_SLOTS = 3
 STREAM_BYTES = 3 * 4 * STREAM_SLOTS  # of a ring, for each element of a piece
 
 # A traffic vector: amounts per phase and lane, then the optimizer's share of SSD reads, SSD writes
-# and Adam for buckets whose state is on SSD. GPU amounts are seconds, Adam amounts parameters, all
-# others bytes.
+# and Adam for buckets whose state is on SSD. GPU amounts are seconds, Adam amounts parameters at its
+# pace in place, all others bytes.
 _CHAIN = NUM_PHASES * len(LANES)
 TRAFFIC_WIDTH = _CHAIN + 3
 
@@ -134,7 +135,7 @@ def bucket_traffic(problem: Problem, bucket: Bucket, place: BucketPlace) -> Floa
         return total
     amount[BACKWARD, _D2H] += bucket.grad_bytes
     amount[BACKWARD, _DRAM] += bucket.grad_bytes
-    update[_ADAM] += bucket.numel
+    update[_ADAM] += adam_params(problem, bucket, place)
     update[_DRAM] += touched
     read = written = 0
     if place.weight is Place.GPU:

@@ -20,6 +20,7 @@ from lohan_fx.planner.problem import (
     Overlap,
     Place,
     Problem,
+    adam_params,
     align_up,
     speculates,
 )
@@ -337,10 +338,11 @@ class Updates:
         if record.place.weight is Place.SSD:
             written += weight_section_bytes(bucket)
             read += 0 if bucket.has_master else weight_section_bytes(bucket)
+        params = adam_params(self._problem, bucket, record.place)
         task = Task(
             bucket=bucket.index,
-            params=bucket.numel,
-            dram_bytes_per_param=touched / bucket.numel if bucket.numel else 0.0,
+            params=params,
+            dram_bytes_per_param=touched / params if params else 0.0,
             read_bytes=read,
             write_bytes=written,
             needs_buffer=state_buffer_bytes(bucket, record.place) > 0,

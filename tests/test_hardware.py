@@ -28,6 +28,7 @@ def test_every_preset_has_rates_and_says_where_they_come_from(name: str) -> None
     assert len(machine.source) > 40
     assert machine.gpu_memory_bytes >= 16 * 10**9
     assert machine.gpu_flops_per_s("bfloat16") >= machine.gpu_flops_per_s("float32") > 1e12
+    assert machine.lanes().cpu_adam_ahead_params_per_s == machine.cpu_adam_params_per_s
     for field in dataclasses.fields(machine.lanes()):
         value = getattr(machine.lanes(), field.name)
         assert value is True or value is False or value > 0

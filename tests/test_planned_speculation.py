@@ -122,6 +122,24 @@ def test_updates_run_under_the_backward(weight: Place) -> None:
     assert steps == pytest.approx([14, 6 + 9 + 1])
 
 
+def test_updates_made_ahead_take_as_long_as_second_copies_do() -> None:
+    half = lanes(
+        h2d_bytes_per_s=1e15,
+        d2h_bytes_per_s=1e15,
+        cpu_adam_ahead_params_per_s=lanes().cpu_adam_params_per_s / 2,
+    )
+    question = layers(2, SPECULATIVE, rates=half)
+    places = [BucketPlace(D, D)] * 2
+    found = simulate(question, places, [], WIDE)
+    lasted = [s.end_s - s.start_s for s in found.spans if s.what == "adam"]
+    assert lasted == pytest.approx([2.0, 2.0])
+    waiting = with_overlap(question, NEXT)
+    for answer in (predict, estimate):
+        ahead, behind = (answer(q, places, [], WIDE).lane_busy_s for q in (question, waiting))
+        assert ahead["cpu_adam"] == pytest.approx(2 * behind["cpu_adam"])
+        assert ahead["dram"] == pytest.approx(behind["dram"])
+
+
 def test_new_weights_are_uploaded_once_step_has_decided() -> None:
     # A weight takes 2 s in. Those of layers 1 and 2 were made under the backward and go first, in the
     # forward's order; those of layer 0 are made from the last gradient, and all wait for them.

@@ -112,6 +112,21 @@ def test_adam_has_a_rate(dtype: str) -> None:
     assert host.adam_params_per_s(1001, dtype, **BRIEF) > 0
 
 
+def test_adam_has_a_rate_into_second_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays: list[torch.Tensor] = []
+    real = host._floats
+
+    def kept(numel: int) -> torch.Tensor:
+        arrays.append(real(numel).fill_(float(len(arrays) < 3)))
+        return arrays[-1]
+
+    monkeypatch.setattr(host, "_floats", kept)
+    monkeypatch.setattr(host, "seconds_per_call", lambda run, *_, **__: run() or 2.0)
+    assert host.adam_ahead_params_per_s(1000, **BRIEF) == 500
+    assert all(bool((array == 1).all()) for array in arrays[:3])
+    assert all(bool(array.all()) for array in arrays[4:7])
+
+
 def test_copies_go_on_both_ways_while_adam_is_timed_and_end_with_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

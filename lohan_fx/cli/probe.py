@@ -137,6 +137,7 @@ _ROWS = (
     ("SSD read plus written at once", "ssd_mixed_bytes_per_s", "GB/s"),
     ("CPU Adam, fp32", "cpu_adam_float32_params_per_s", "G params/s"),
     ("CPU Adam, bf16", "cpu_adam_bfloat16_params_per_s", "G params/s"),
+    ("CPU Adam, bf16, into second copies", "cpu_adam_ahead_params_per_s", "G params/s"),
     ("CPU Adam, bf16, beside copies", "cpu_adam_while_copying_params_per_s", "G params/s"),
     ("copies both ways beside it", "copies_while_adam_bytes_per_s", "GB/s"),
 )

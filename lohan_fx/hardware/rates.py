@@ -25,6 +25,7 @@ class Hardware:
     `duplex_factor` is the H2D rate while D2H is busy too, over H2D alone. `dram_bytes_per_s` is what
     all cores together read plus write. `ssd_simplex`: reads and writes share the device;
     `ssd_mixed_bytes_per_s` is then the sum of both, half and half; 0 where it is not known.
+    `cpu_adam_ahead_params_per_s` is Adam's rate into a second copy of weights and state; 0 where not known.
     `pinned_alloc_bytes_per_s` is how fast the runtime gets pinned host memory; 0 where not known.
     `measured` is the day it was measured (YYYY-MM-DD) and `cpu_name` on which CPU; both are empty
     for presets. `details` are single measurements behind the rates, with units in their names.
@@ -46,6 +47,7 @@ class Hardware:
     ssd_write_bytes_per_s: float
     ssd_simplex: bool
     cpu_adam_params_per_s: float
+    cpu_adam_ahead_params_per_s: float = 0.0
     ssd_mixed_bytes_per_s: float = 0.0
     pinned_alloc_bytes_per_s: float = 0.0
     measured: str = ""
@@ -73,6 +75,8 @@ class Hardware:
             ssd_simplex=self.ssd_simplex,
             cpu_adam_params_per_s=self.cpu_adam_params_per_s,
             dram_bytes_per_s=self.dram_bytes_per_s,
+            cpu_adam_ahead_params_per_s=self.cpu_adam_ahead_params_per_s
+            or self.cpu_adam_params_per_s,
         )
 
     def machine(self) -> Machine:
@@ -122,7 +126,7 @@ class Hardware:
 
 
 # These may be unknown, or the thing may not be there.
-_MAY_BE_ZERO = ("ssd_", "pinned_alloc_")
+_MAY_BE_ZERO = ("ssd_", "pinned_alloc_", "cpu_adam_ahead_")
 
 
 def _is_valid(value: object, field: dataclasses.Field[Any]) -> bool:

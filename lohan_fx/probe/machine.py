@@ -161,6 +161,8 @@ def measure_machine(
         rate = host.adam_params_per_s(effort.adam_params, dtype_name, **times)
         details[f"cpu_adam_{dtype_name}_params_per_s"] = rate
         dram.append(rate * moved)
+    report("Adam on the CPU, into second copies")
+    ahead = host.adam_ahead_params_per_s(effort.adam_params, **times)
     report("Adam beside copies")
     beside, copied = host.adam_while_copying(device, effort.adam_params, effort.link_bytes, **times)
     details["cpu_adam_while_copying_params_per_s"] = beside
@@ -194,6 +196,7 @@ def measure_machine(
         ssd_mixed_bytes_per_s=0.0 if ssd is None else ssd.mixed_bytes_per_s,
         ssd_simplex=True if ssd is None else ssd.simplex,
         cpu_adam_params_per_s=details["cpu_adam_bfloat16_params_per_s"],
+        cpu_adam_ahead_params_per_s=ahead,
         pinned_alloc_bytes_per_s=pinned,
         measured=datetime.date.today().isoformat(),
         cpu_name=cpu_name(),
