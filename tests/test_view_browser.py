@@ -6,6 +6,7 @@ Needs Chromium (or Chrome) and chromedriver; one browser serves all tests.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,6 +295,15 @@ def test_the_table_is_walked_and_chosen_from_by_keys(page: Page) -> None:
     assert page.find(".drawer").is_displayed()
     grid.send_keys(Keys.ESCAPE)
     assert not page.find(".drawer").is_displayed()
+
+
+def test_rates_have_no_exponents(driver: Any, tmp_path: Path) -> None:
+    plan = small(num_layers=8)
+    assert plan.predicted is not None
+    fast = plan.with_tokens(round(plan.predicted.step_s * 21_026.4))
+    (tmp_path / "fast.html").write_text(render([("plan", fast)]))
+    text = Page(driver, tmp_path / "fast.html").open().find("header .card").text
+    assert "21,026" in text and "e+" not in text
 
 
 def test_plans_are_compared(pages: dict[str, Page]) -> None:

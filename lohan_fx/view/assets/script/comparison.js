@@ -75,7 +75,7 @@ const comparison = {
     const text = {
       s: secondsText,
       bytes: bytesText,
-      rate: (rate) => rate.toPrecision(4),
+      rate: rateText,
       lane: laneName,
     }[unit](value);
     if (k === 0 || unit === "lane" || first === null)
@@ -95,7 +95,7 @@ const comparison = {
     if (!rows.length) return null;
     const words = rows.map(
       ([name, unit, value]) =>
-        `${this.title(name)} ${({ s: secondsText, bytes: bytesText, rate: (rate) => rate.toPrecision(4), lane: laneName }[unit] ?? String)(value)}`,
+        `${this.title(name)} ${({ s: secondsText, bytes: bytesText, rate: rateText, lane: laneName }[unit] ?? String)(value)}`,
     );
     return make("p", { class: "faint small" }, `The same in all: ${words.join("; ")}.`);
   },

@@ -96,9 +96,9 @@ function planCard(plan) {
   } else {
     const rates = [];
     if (predicted.tokens_per_s !== null)
-      rates.push(figure("tokens/s", predicted.tokens_per_s.toPrecision(4)));
+      rates.push(figure("tokens/s", rateText(predicted.tokens_per_s)));
     if (predicted.model_tflops !== null)
-      rates.push(figure("model TFLOP/s (6P)", predicted.model_tflops.toPrecision(3)));
+      rates.push(figure("model TFLOP/s (6P)", rateText(predicted.model_tflops)));
     const parts =
       `${secondsText(predicted.forward_s)} forward, ${secondsText(predicted.backward_s)} backward` +
       (predicted.update_s ? `, ${secondsText(predicted.update_s)} update` : "");

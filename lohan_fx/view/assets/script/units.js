@@ -78,6 +78,11 @@ function changeText(before, now) {
   return `${share > 0 ? "+" : ""}${percentText(share)}`;
 }
 
+// A rate of about four digits, or more where they are whole: never with an exponent.
+function rateText(rate) {
+  return rate >= 1000 ? countText(Math.round(rate)) : rate.toPrecision(4);
+}
+
 function parametersText(count) {
   for (const [scale, word] of [
     [1e12, "trillion"],
