@@ -8,11 +8,15 @@
 
 // Bytes ahead of the loop that are asked for: the hardware prefetchers stop at page ends.
 constexpr std::size_t kAhead = 1024;
+// Elements of a block.
+constexpr std::size_t kBlock = 512;
 
 // [Note: streamed weights]
 // New values that replace nothing the loop reads go past the caches: a plain store would read their lines
 // from memory first, two bytes more an element for 16-bit weights and twelve for master and moments in new
-// arrays. fence() makes them seen before the update is done.
+// arrays. fence() makes them seen before the update is done. A processor has few buffers for such stores: where
+// masters, moments and 16-bit weights all go that way, they are made a block at a time in the nearest cache, and
+// leave it array by array.
 
 // The fp32 arrays of an update; elements of two such triples correspond.
 template <typename Number>
@@ -45,11 +49,11 @@ struct Loop {
         step_size(Vector::set(f.step_size)),
         blend_from_grad(f.blend_from_grad) {}
 
-  // Elements [i, i + kWidth) of each array, from `from` to `to`, which may be the same. Same operations in
-  // the same order as torch.optim's single-tensor AdamW.
-  template <bool kStreamState = false, bool kStreamOut = false>
-  void step(const State<const float>& from, const State<float>& to, const void* grad, void* out,
-            std::size_t i) const {
+  // Elements [i, i + kWidth) of each array in `from` to [j, j + kWidth) of those in `to`, which may be the
+  // same; returns the masters. Same operations in the same order as torch.optim's single-tensor AdamW.
+  template <bool kStreamState = false>
+  Vector::Float step(const State<const float>& from, const State<float>& to, const void* grad,
+                     std::size_t i, std::size_t j) const {
     using V = Vector;
     V::Float g = V::mul(V::mul(load_as_float<Grad>(grad, i), unscale), grad_scale);
     V::Float p = V::load(from.master + i);
@@ -61,12 +65,44 @@ struct Loop {
     v = V::add(V::mul(v, beta2), V::mul(V::mul(one_minus_beta2, g), g));
     const V::Float denom = V::add(V::div(V::sqrt(v), bias2_sqrt), eps);
     p = V::sub(p, V::div(V::mul(step_size, m), denom));
-    V::template store<kStreamState>(to.master + i, p);
-    V::template store<kStreamState>(to.exp_avg + i, m);
-    V::template store<kStreamState>(to.exp_avg_sq + i, v);
+    V::template store<kStreamState>(to.master + j, p);
+    V::template store<kStreamState>(to.exp_avg + j, m);
+    V::template store<kStreamState>(to.exp_avg_sq + j, v);
+    return p;
+  }
+
+  // New 16-bit weights from element i of `out` on, where there are some.
+  template <bool kStream = false>
+  static void round(void* out, std::size_t i, Vector::Float master) {
     auto* const out16 = static_cast<std::uint16_t*>(out);
-    if constexpr (Out == Dtype::bf16) V::template store_bf16<kStreamOut>(out16 + i, p);
-    if constexpr (Out == Dtype::f16) V::template store_f16<kStreamOut>(out16 + i, p);
+    if constexpr (Out == Dtype::bf16) Vector::template store_bf16<kStream>(out16 + i, master);
+    if constexpr (Out == Dtype::f16) Vector::template store_f16<kStream>(out16 + i, master);
+  }
+
+  // A block from element i on, past the caches to `to` and `out`; see [Note: streamed weights].
+  void block(const State<const float>& from, const State<float>& to, const void* grad, void* out,
+             std::size_t i) const {
+    alignas(64) float p[kBlock], m[kBlock], v[kBlock];
+    for (std::size_t j = 0; j < kBlock; j += Vector::kWidth) {
+      ahead<0>(from, i + j);
+      step(from, {p, m, v}, grad, i + j, j);
+    }
+    stream(to.master + i, p);
+    stream(to.exp_avg + i, m);
+    stream(to.exp_avg_sq + i, v);
+    for (std::size_t j = 0; j < kBlock; j += Vector::kWidth) round<true>(out, i + j, Vector::load(p + j));
+  }
+
+  static void stream(float* to, const float* from) {
+    for (std::size_t j = 0; j < kBlock; j += Vector::kWidth)
+      Vector::template store<true>(to + j, Vector::load(from + j));
+  }
+
+  template <int kWrites>  // lines that are only read need not be owned
+  static void ahead(const State<const float>& from, std::size_t i) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from.master + i) + kAhead, kWrites);
+    __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg + i) + kAhead, kWrites);
+    __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg_sq + i) + kAhead, kWrites);
   }
 
   // What does not fill a vector goes through the same code, in a copy.
@@ -79,7 +115,7 @@ struct Loop {
     __builtin_memcpy(m, a.exp_avg + begin, n * 4);
     __builtin_memcpy(v, a.exp_avg_sq + begin, n * 4);
     __builtin_memcpy(g, static_cast<const char*>(a.grad) + begin * kGradBytes, n * kGradBytes);
-    step({p, m, v}, {p, m, v}, g, out, 0);
+    round(out, 0, step({p, m, v}, {p, m, v}, g, 0, 0));
     __builtin_memcpy(to.master + begin, p, n * 4);
     __builtin_memcpy(to.exp_avg + begin, m, n * 4);
     __builtin_memcpy(to.exp_avg_sq + begin, v, n * 4);
@@ -117,15 +153,14 @@ struct Loop {
   template <bool kInPlace, bool kStreamState, bool kStreamOut>
   static void run_all(const AdamArrays& a, const State<float>& to, const AdamFactors& factors,
                       std::size_t begin, std::size_t end) {
-    constexpr int kWrites = kInPlace ? 1 : 0;  // lines that are only read need not be owned
     const Loop loop(factors);
     const State<const float> from{a.master, a.exp_avg, a.exp_avg_sq};
     std::size_t i = begin;
+    if constexpr (kStreamState && kStreamOut)
+      for (; i + kBlock <= end; i += kBlock) loop.block(from, to, a.grad, a.out16, i);
     for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
-      __builtin_prefetch(reinterpret_cast<const char*>(from.master + i) + kAhead, kWrites);
-      __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg + i) + kAhead, kWrites);
-      __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg_sq + i) + kAhead, kWrites);
-      loop.template step<kStreamState, kStreamOut>(from, to, a.grad, a.out16, i);
+      ahead<kInPlace ? 1 : 0>(from, i);
+      round<kStreamOut>(a.out16, i, loop.template step<kStreamState>(from, to, a.grad, i, i));
     }
     if constexpr (kStreamState || kStreamOut) Vector::fence();
     if (i < end) loop.tail(a, to, i, end - i);
