@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from halted import HaltedPlacing
 from loops import TIGHT, Tiny, assert_same, compiled, leaves_nothing, step, steps, tokens
 from safetensors.torch import save_file
 
@@ -116,34 +117,14 @@ def test_a_capture_that_ends_in_lowering_leaves_every_value_as_it_was(
     tmp_path: Path,
 ) -> None:
     model, optimizer = started(tmp_path)
-    first, go_on = threading.Event(), threading.Event()
-    adopt = BucketStore._adopt
-    cancel = Placing.cancel
-
-    def halting(self: BucketStore, *args: Any) -> None:
-        *rest, progress = args
-
-        def after_a_bucket(nbytes: int) -> None:
-            first.set()
-            assert when == "complete" or go_on.wait(30)
-            progress(nbytes)
-
-        adopt(self, *rest, after_a_bucket)
-
-    def cancelling(self: Placing) -> bool:
-        threading.Timer(0.05, go_on.set).start()
-        return cancel(self)
-
-    def fail(part: str) -> None:
-        if part == "backward":
-            assert first.wait(30)
-            if when == "complete":
-                model._lohan.state._placing[0].wait()
-            raise error("in the middle of lowering")
-
     with monkeypatch.context() as patch:
-        patch.setattr(BucketStore, "_adopt", halting)
-        patch.setattr(Placing, "cancel", cancelling)
+        halted = HaltedPlacing(patch, when)
+
+        def fail(part: str) -> None:
+            if part == "backward":
+                halted.reached(model)
+                raise error("in the middle of lowering")
+
         in_lowering(fail)
         with leaves_nothing(tmp_path), pytest.raises(error, match="middle of lowering"):
             model(**tokens(0))

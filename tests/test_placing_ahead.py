@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from halted import HaltedPlacing
 from loops import ROOMY, TIGHT, Tiny, assert_same, compiled, leaves_nothing, step, steps, tokens
 from safetensors.torch import save_file
 from torch import nn
@@ -24,7 +25,6 @@ from lohan_fx.compiler import op_seconds
 from lohan_fx.compiler.capture import Backend
 from lohan_fx.placing import Placing
 from lohan_fx.runtime.buckets import BucketHome
-from lohan_fx.runtime.store import BucketStore
 
 Result = tuple[list[float], dict[str, torch.Tensor], dict[int, Any], Any]
 
@@ -358,32 +358,13 @@ def test_a_step_that_cannot_be_traced_leaves_every_value_as_it_was(
 ) -> None:
     first = before.result
     ours, optimizer = started(disk)
-    begun, go_on = threading.Event(), threading.Event()
-    adopt, cancel = BucketStore._adopt, Placing.cancel
-
-    def halting(self: BucketStore, *args: Any) -> None:
-        *rest, progress = args
-
-        def after_a_bucket(nbytes: int) -> None:
-            begun.set()
-            assert when == "complete" or go_on.wait(30)
-            progress(nbytes)
-
-        adopt(self, *rest, after_a_bucket)
-
-    def cancelling(self: Placing) -> bool:
-        threading.Timer(0.05, go_on.set).start()
-        return cancel(self)
-
-    def fail() -> None:
-        assert begun.wait(30)
-        if when == "complete":
-            ours._lohan.state._placing[0].wait()
-        raise error("while tracing")
-
     with monkeypatch.context() as patch:
-        patch.setattr(BucketStore, "_adopt", halting)
-        patch.setattr(Placing, "cancel", cancelling)
+        halted = HaltedPlacing(patch, when)
+
+        def fail() -> None:
+            halted.reached(ours)
+            raise error("while tracing")
+
         patch.setattr(seen, "meanwhile", fail)
         with leaves_nothing(disk), pytest.raises(error, match="while tracing"):
             ours(**tokens(0))

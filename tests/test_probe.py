@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from efforts import TINY, allow_full_disks
 
 from lohan_fx.budget import Machine
 from lohan_fx.cli.probe import as_text, main
@@ -25,26 +26,12 @@ from lohan_fx.runtime.timing import seconds_per_call
 
 CPU = torch.device("cpu")
 BRIEF = {"warm_s": 0.0, "measure_s": 0.0}
-TINY = Effort(
-    matmul_size=64,
-    matmul_warm_s=0.0,
-    warm_s=0.0,
-    measure_s=0.0,
-    gpu_bytes=4096,
-    link_bytes=8192,
-    host_bytes=8192,
-    adam_params=1000,
-    ssd_bytes=64 * 4096,
-    ssd_blocks=(4096, 8192),
-    ssd_limit_s=5.0,
-)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Effort:
     """Tiny sizes, for the command too; disks may be rather full."""
-    monkeypatch.setattr(disk, "_RESERVE_SHARE", 10**9)
-    monkeypatch.setattr(disk, "_RESERVE_BYTES", 0)
+    allow_full_disks(monkeypatch)
     for module in (machine, sys.modules["lohan_fx.probe"]):
         monkeypatch.setattr(module, "FULL", TINY)
         monkeypatch.setattr(module, "QUICK", TINY)

@@ -10,36 +10,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import efforts
 import pytest
 import torch
 
 import lohan_fx
 from lohan_fx import api
 from lohan_fx.hardware import Hardware, cpu_name, default_file, detect, on_file, quick_file
-from lohan_fx.probe import Effort, disk, measured_once, once
+from lohan_fx.probe import disk, measured_once, once
 
 CPU = torch.device("cpu")
-TINY = Effort(
-    matmul_size=64,
-    matmul_warm_s=0.0,
-    warm_s=0.0,
-    measure_s=0.0,
-    gpu_bytes=4096,
-    link_bytes=8192,
-    host_bytes=8192,
-    adam_params=1000,
-    ssd_bytes=64 * 4096,
-    ssd_blocks=(4096,),
-    ssd_limit_s=0.1,
-    thorough=False,
-)
+TINY = dataclasses.replace(efforts.TINY, ssd_blocks=(4096,), ssd_limit_s=0.1, thorough=False)
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder without measurements; disks may be rather full."""
-    monkeypatch.setattr(disk, "_RESERVE_SHARE", 10**9)
-    monkeypatch.setattr(disk, "_RESERVE_BYTES", 0)
+    efforts.allow_full_disks(monkeypatch)
     monkeypatch.setenv("LOHAN_FX_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

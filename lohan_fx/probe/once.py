@@ -26,24 +26,20 @@ from lohan_fx.hardware import Hardware
 from lohan_fx.kept import write_kept
 
 from . import disk
-from .machine import MIB, Effort, gpu_name_of, measure_machine
+from .machine import MIB, QUICK, Effort, gpu_name_of, measure_machine
 
 log = logging.getLogger(__name__)
 
 MAX_FILES = 64
 # Ops are timed one by one besides, and clocks that have not settled yet err less than a preset's guess of
 # the host.
-FIRST = Effort(
-    matmul_size=4096,
+FIRST = dataclasses.replace(
+    QUICK,
     matmul_warm_s=0.2,
     warm_s=0.05,
     measure_s=0.1,
-    gpu_bytes=256 * MIB,
     link_bytes=128 * MIB,
     host_bytes=256 * MIB,
-    adam_params=200_000_000,
-    ssd_bytes=1024 * MIB,
-    ssd_blocks=(8 * MIB,),
     ssd_limit_s=0.3,
     thorough=False,
 )
