@@ -75,16 +75,16 @@ def rank(solution: Solution) -> tuple[float, int, int]:
 
 
 def finish(
-    problem: Problem, ledger: Ledger, room: Room, policy: str = "", *, streams: bool = False
+    problem: Problem, ledger: Ledger, room: Room, policy: str = "", *, spills: bool = False
 ) -> Solution | None:
     """The solution of a placement at one width of windows; None if it does not fit.
 
-    Its seconds are the estimate, with `streams` as there; see `replayed`.
+    Its seconds are the estimate, with `spills` as there; see `replayed`.
     """
     windows = ledger.windows(room)
     if room is not Room.NONE:
         windows = ledger.widened(windows)
-    predicted = estimate(problem, ledger.buckets, ledger.activations, windows, streams=streams)
+    predicted = estimate(problem, ledger.buckets, ledger.activations, windows, spills=spills)
     if any(excess_of(problem, predicted)):
         return None
     return Solution(

@@ -28,11 +28,15 @@ def step_seconds(
     buckets: Sequence[BucketPlace],
     activations: Sequence[Place],
     windows: Windows,
+    *,
+    spills: bool = False,
 ) -> float:
     """Seconds of a step by `phase_seconds`: the estimate that solvers search and bound."""
     ledger = Ledger(problem, buckets, activations)
     ahead = ledger.is_ahead(windows)
-    return float(phase_seconds(problem, windows, ahead, ledger.traffic[None, :]).sum())
+    return float(
+        phase_seconds(problem, windows, ahead, ledger.traffic[None, :], spills=spills).sum()
+    )
 
 
 def estimate(
@@ -41,18 +45,18 @@ def estimate(
     activations: Sequence[Place],
     windows: Windows,
     *,
-    streams: bool = False,
+    spills: bool = False,
 ) -> Prediction:
     """What one steady step of this placement takes: the slowest lane of each phase, and bytes.
 
-    This is what solvers search with; `simulate.predict` replays the step instead. `streams`: as in a
-    search in which states may pass through the GPU; see `updates_spill`.
+    This is what solvers search with; `simulate.predict` replays the step instead. `spills`: see
+    `updates_spill`.
     """
     ledger = Ledger(problem, buckets, activations)
     traffic = ledger.traffic[None, :]
     ahead = ledger.is_ahead(windows)
     forward_s, backward_s, update_s = (
-        float(x) for x in phase_seconds(problem, windows, ahead, traffic, streams=streams)[0]
+        float(x) for x in phase_seconds(problem, windows, ahead, traffic, spills=spills)[0]
     )
     busy = lane_seconds(problem.lanes, traffic)
     limit = lane_limits(problem, windows, traffic, busy)[0]

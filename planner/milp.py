@@ -108,19 +108,26 @@ def place_counts(
     cutoff_s: float = math.inf,
     *,
     streams: bool = False,
+    spills: bool = False,
 ) -> Answer | None:
     """The best counts at one width of windows, found within a fixed effort.
 
     None without any, or with none that take less than `cutoff_s`. With `streams`, states may pass
-    through the GPU for their updates.
+    through the GPU for their updates; `spills`: see `updates_spill`.
     """
-    relaxed = _Program(problem, forced, room, integral=False, streams=streams)
+    relaxed = _Program(problem, forced, room, integral=False, streams=streams, spills=spills)
     if not relaxed.settle() or relaxed.bound_s() >= cutoff_s:
         return None
     if streams or not relaxed.has_few_lots:
         return relaxed.rounded()
     exact = _Program(
-        problem, forced, room, integral=True, streams=streams, positions=relaxed.positions
+        problem,
+        forced,
+        room,
+        integral=True,
+        streams=streams,
+        spills=spills,
+        positions=relaxed.positions,
     )
     if not exact.settle():
         return None
@@ -130,14 +137,20 @@ def place_counts(
 
 def bound_seconds(problem: Problem, forced: Forced) -> float | None:
     """Seconds that no placement's step is below, by the cost model; None where none can fit."""
-    relaxed = _Program(problem, forced, None, integral=False, streams=True)
+    relaxed = _Program(problem, forced, None, integral=False, streams=True, spills=True)
     if not relaxed.settle():
         return None
     bound = relaxed.bound_s()
     if not relaxed.has_few_lots:
         return bound * (1 - _PROOF_SLACK)
     exact = _Program(
-        problem, forced, None, integral=True, streams=True, positions=relaxed.positions
+        problem,
+        forced,
+        None,
+        integral=True,
+        streams=True,
+        spills=True,
+        positions=relaxed.positions,
     )
     if exact.solve():
         bound = max(bound, exact.bound_s())
@@ -159,12 +172,13 @@ class _Program:
         *,
         integral: bool,
         streams: bool,
+        spills: bool,
         positions: Sequence[int] = (),
     ) -> None:
         self.problem = problem
         self.room = room
         self.integral = integral
-        self.spills = streams and room is not None
+        self.spills = spills
         self.stock: Stock = stock(problem, forced, relaxed=room is None, streams=streams)
         self.positions: list[int] = []
         self._solver = pywraplp.Solver.CreateSolver("SCIP" if integral else "GLOP")
@@ -352,7 +366,7 @@ class _Program:
         # A link slower than one way at a time would be a concave limit; one way at a time bounds it.
         shared = min(1.0, 1.0 / lanes.duplex_factor - 1.0)
         still = self.room is Room.NONE
-        spills = updates_spill(problem, streams=self.spills) and not still
+        spills = updates_spill(problem, spills=self.spills) and not still
         for lane in SPILLING_LANES if spills else ():
             both = [*self._lane_terms(FORWARD, lane), *self._lane_terms(BACKWARD, lane)]
             self._phases_at_least((FORWARD, BACKWARD), 0.0, both)

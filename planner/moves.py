@@ -185,15 +185,22 @@ def item_bytes(
 class Search:
     """One walk through the placements of one problem at one width of windows.
 
-    `streams`: states may pass through the GPU for their updates.
+    `streams`: states may pass through the GPU for their updates. `spills`: see `updates_spill`.
     """
 
     def __init__(
-        self, problem: Problem, forced: Forced, room: Room, *, streams: bool = False
+        self,
+        problem: Problem,
+        forced: Forced,
+        room: Room,
+        *,
+        streams: bool = False,
+        spills: bool = False,
     ) -> None:
         self.problem = problem
         self.room = room
         self.streams = streams
+        self.spills = spills
         self.groups = group_items(problem, forced)
         self.moves: list[Move] = []
         traffic: list[Floats] = []
@@ -272,7 +279,7 @@ class Search:
 
     def _phase_s(self, windows: Windows, traffic: Floats) -> Floats:
         ahead = self.room is not Room.NONE
-        return phase_seconds(self.problem, windows, ahead, traffic, streams=self.streams)
+        return phase_seconds(self.problem, windows, ahead, traffic, spills=self.spills)
 
     def excess(self, ledger: Ledger) -> Excess:
         """Bytes over what there is of each scarce thing."""

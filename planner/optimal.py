@@ -47,8 +47,7 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
     best = all_on_gpu(problem, forced)
     failure: NothingFits | None = None
     if best is None:
-        found = [_best_replayed(problem, placements(asked, forced)) for asked in _readings(problem)]
-        best = min((solution for solution in found if solution), key=rank, default=None)
+        best = _own(problem, forced)
         for solver in (greedy, *rivals.values()):
             try:
                 rival = solver(problem, forced, best.predicted.step_s if best else math.inf)
@@ -61,9 +60,7 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
         if best is None:
             assert failure is not None
             raise failure
-        mixed = _mixed(problem, forced, best, [(0,), (1,), (2,)])
-        if mixed is not None:
-            best = min(best, mixed, key=rank)
+        best = _or_mixed(problem, forced, best)
         if _waits_for_cpu(best):
             best = _streamed(problem, forced, best)
     else:
@@ -71,6 +68,18 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
     best = dataclasses.replace(best, policy="optimal", optimality=None)
     proof = _proof(problem, forced, best)
     return with_reasons(problem, dataclasses.replace(best, optimality=proof), forced)
+
+
+def _own(problem: Problem, forced: Forced) -> Solution | None:
+    """The program's best placement by its replay, of all readings; None without one that fits."""
+    best: Solution | None = None
+    for reading in _readings(problem):
+        estimated = placements(reading.problem, forced, spills=reading.spills)
+        found = _best_replayed(problem, estimated, best.predicted.step_s if best else math.inf)
+        if found is not None:
+            found = _or_mixed(problem, forced, found)
+            best = min(best, found, key=rank) if best else found
+    return best
 
 
 def _waits_for_cpu(solution: Solution) -> bool:
@@ -86,9 +95,12 @@ def _streamed(problem: Problem, forced: Forced, best: Solution) -> Solution:
     Updates by the CPU and by the GPU are mixed evenly, so that both the CPU and the link have something
     to do all along.
     """
-    for asked in _readings(problem):
+    for reading in _readings(problem):
+        if not reading.spills:
+            continue  # far too many states would pass
         most_s = (1 - _WAITS) * best.predicted.step_s
-        for solution in placements(asked, forced, streams=True, cutoff_s=most_s):
+        estimated = placements(reading.problem, forced, spills=True, streams=True, cutoff_s=most_s)
+        for solution in estimated:
             with suppress(NotFaster):
                 found = _mixed(problem, forced, solution, [(0, 1), (2,)])
                 found = found or replayed(problem, solution, best.predicted.step_s)
@@ -97,21 +109,36 @@ def _streamed(problem: Problem, forced: Forced, best: Solution) -> Solution:
     return best
 
 
-def _readings(problem: Problem) -> list[Problem]:
-    """What the program is asked: the problem, and with speculation the same without an SSD.
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Reading:
+    """What the program is asked: a problem, and by which closed form (see `updates_spill`)."""
 
-    A bucket on SSD has no second copy, so the closed form, in which reads ahead of a forward are free,
-    would use the SSD wherever DRAM is short. In the replay that is seldom worth it.
+    problem: Problem
+    spills: bool
+
+
+def _readings(problem: Problem) -> list[_Reading]:
+    """All that the program is asked; replays, always of the problem itself, tell the answers apart.
+
+    With speculation it is also asked without an SSD. A bucket on SSD has no second copy, so the closed
+    form, in which reads ahead of a forward are free, would use the SSD wherever DRAM is short. In the
+    replay that is seldom worth it.
     """
+    if problem.overlap is Overlap.BACKWARD:
+        return [_Reading(problem, spills=False), _Reading(problem, spills=True)]
     have = problem.capacities
     if problem.overlap is not Overlap.SPECULATIVE or not have.ssd_bytes:
-        return [problem]
-    without = dataclasses.replace(have, ssd_bytes=0)
-    return [problem, dataclasses.replace(problem, capacities=without)]
+        return [_Reading(problem, spills=True)]
+    without = dataclasses.replace(problem, capacities=dataclasses.replace(have, ssd_bytes=0))
+    return [_Reading(problem, spills=True), _Reading(without, spills=True)]
 
 
-def _best_replayed(problem: Problem, estimated: Iterable[Solution]) -> Solution | None:
+def _best_replayed(
+    problem: Problem, estimated: Iterable[Solution], cutoff_s: float
+) -> Solution | None:
     """The best, when replayed, of solutions with estimates; None if none keeps all bounds.
+
+    One that is proved to take `cutoff_s` or more is left out.
 
     They come with the widest windows first, and narrower ones are replayed only where the estimate,
     which does not know what wide ones hide, says that they are faster.
@@ -123,7 +150,7 @@ def _best_replayed(problem: Problem, estimated: Iterable[Solution]) -> Solution 
         if estimate_s > best_estimate_s:
             continue
         try:
-            now = replayed(problem, solution, best.predicted.step_s if best else math.inf)
+            now = replayed(problem, solution, best.predicted.step_s if best else cutoff_s)
         except NotFaster:
             continue
         if not any(excess_of(problem, now.predicted)):
@@ -139,7 +166,9 @@ def _proof(problem: Problem, forced: Forced, solution: Solution) -> Optimality |
     bound = bound_seconds(problem, forced)
     if bound is None:
         return None
-    step = step_seconds(problem, solution.buckets, solution.activations, solution.windows)
+    step = step_seconds(
+        problem, solution.buckets, solution.activations, solution.windows, spills=True
+    )
     bound = min(bound, step)
     gap = (step - bound) / step if step else 0.0
     return Optimality(
@@ -156,12 +185,17 @@ _PROVED = 1e-4
 
 
 def placements(
-    problem: Problem, forced: Forced, *, streams: bool = False, cutoff_s: float = math.inf
+    problem: Problem,
+    forced: Forced,
+    *,
+    spills: bool = False,
+    streams: bool = False,
+    cutoff_s: float = math.inf,
 ) -> Iterator[Solution]:
     """The program's placements, at each width of windows, that fit once they are mended.
 
-    Those of which it says that they take `cutoff_s` or more are left out. With `streams`, states may
-    pass through the GPU for their updates.
+    Those of which it says that they take `cutoff_s` or more are left out. `spills`: see
+    `updates_spill`; with `streams`, states may pass through the GPU for their updates.
     """
     # Loading a solver takes a while: only where there is something to decide.
     from lohan_fx.planner.milp import place_counts
@@ -170,13 +204,13 @@ def placements(
     for room in rooms(problem):
         # Without windows nothing is hidden: that pays only where there is no room for them.
         most_s = min(cutoff_s, best_s) if room is Room.NONE else cutoff_s
-        answer = place_counts(problem, forced, room, most_s, streams=streams)
+        answer = place_counts(problem, forced, room, most_s, streams=streams, spills=spills)
         if answer is None:
             continue
-        search = Search(problem, forced, room, streams=streams)
+        search = Search(problem, forced, room, streams=streams, spills=spills)
         ledger = _opened(problem, *_spelled_out(problem, answer.lots, answer.counts))
         if improve(search, ledger):
-            solution = finish(problem, ledger, room, "optimal", streams=streams)
+            solution = finish(problem, ledger, room, "optimal", spills=spills)
             if solution is not None:
                 best_s = min(best_s, search.step_s(ledger))
                 yield solution
@@ -221,6 +255,12 @@ def _residence(place: AnyPlace) -> int:
     if isinstance(place, BucketPlace):
         return (place.weight is Place.GPU) + (place.state is Place.GPU)
     return 2 if place is Place.GPU else 0
+
+
+def _or_mixed(problem: Problem, forced: Forced, solution: Solution) -> Solution:
+    """The solution, or the same with its places mixed along the model if that is faster."""
+    mixed = _mixed(problem, forced, solution, [(0,), (1,), (2,)])
+    return min(solution, mixed, key=rank) if mixed else solution
 
 
 def _mixed(

@@ -240,33 +240,34 @@ def lane_limits(problem: Problem, windows: Windows, traffic: Floats, busy: Float
     return limit
 
 
-def updates_spill(problem: Problem, *, streams: bool = False) -> bool:
+def updates_spill(problem: Problem, *, spills: bool) -> bool:
     """Whether the closed form lets updates that begin under the backward run into the next forward.
 
-    It does with speculation. Without, it leaves a backlog of the CPU unseen, so that more is on the GPU;
-    where states may pass through the GPU (`streams`), too many would.
+    They do with speculation. Where updates are made under the backward only, it is asked either way: with
+    `spills` it is never above a replay, without it puts more on the GPU, which a replay may find faster.
     """
     return problem.overlap is Overlap.SPECULATIVE or (
-        streams and problem.overlap is Overlap.BACKWARD
+        spills and problem.overlap is Overlap.BACKWARD
     )
 
 
 def phase_seconds(
-    problem: Problem, windows: Windows, ahead: bool, traffic: Floats, *, streams: bool = False
+    problem: Problem, windows: Windows, ahead: bool, traffic: Floats, *, spills: bool = False
 ) -> Floats:
     """Seconds [N, phases] of N traffic vectors: the slowest lane of each phase.
 
-    Where updates spill, the lanes of SPILLING_LANES limit backward and forward together instead.
+    Where updates spill (see `updates_spill`), the lanes of SPILLING_LANES limit backward and forward
+    together instead.
     Where nothing moves ahead of its use (`ahead` False), movement is added to compute instead.
     """
     busy = lane_seconds(problem.lanes, traffic)
     limit = lane_limits(problem, windows, traffic, busy)
     if ahead:
-        spills = updates_spill(problem, streams=streams)
-        if spills:
+        spilled = updates_spill(problem, spills=spills)
+        if spilled:
             limit[:, BACKWARD, SPILLING_LANES] = 0.0
         longest: Floats = limit.max(axis=2)
-        if spills:
+        if spilled:
             together = busy[:, FORWARD] + busy[:, BACKWARD]
             left = together[:, SPILLING_LANES].max(axis=1) - longest[:, :UPDATE].sum(axis=1)
             with np.errstate(invalid="ignore"):  # of a lane that is not there

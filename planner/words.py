@@ -90,7 +90,7 @@ def _gb(num_bytes: int) -> str:
 def with_reasons(problem: Problem, solution: Solution, forced: Forced) -> Solution:
     """The solution with one line per bucket and per activation: why it is where it is."""
     streams = any(place.streamed for place in solution.buckets)
-    search = Search(problem, forced, Room.STAGE, streams=streams)
+    search = Search(problem, forced, Room.STAGE, streams=streams, spills=streams)
     words = _move_words(search, problem, solution)
     group_of = {
         (group.is_bucket, member): number

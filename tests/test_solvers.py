@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import pytest
 from hypothesis import given, settings
-from problems import bucket, deep, irregular, lanes, problem, problems, stage
+from problems import MIB, bucket, deep, irregular, lanes, problem, problems, stage
 
 from lohan_fx.errors import InfeasiblePlan
 from lohan_fx.planner import (
@@ -53,7 +54,8 @@ def every_placement(question: Problem) -> list[tuple[float, Solution]]:
                 predicted = estimate(question, buckets, acts, windows)
                 answer = Solution("all", buckets, acts, windows, predicted)
                 if not validate(question, answer):
-                    found.append((step_seconds(question, buckets, acts, windows), answer))
+                    seconds = step_seconds(question, buckets, acts, windows, spills=True)
+                    found.append((seconds, answer))
     return found
 
 
@@ -85,8 +87,10 @@ def test_no_placement_at_all_is_below_the_bound(question: Problem) -> None:
     assert answer.optimality is not None
     least = min(seconds for seconds, _ in sound)
     assert answer.optimality.bound_s <= least * (1 + 1e-6)
-    own = step_seconds(question, answer.buckets, answer.activations, answer.windows)
+    own = step_seconds(question, answer.buckets, answer.activations, answer.windows, spills=True)
     assert answer.optimality.bound_s <= own * (1 + 1e-6)
+    if question.overlap is Overlap.BACKWARD:
+        assert answer.optimality.bound_s <= answer.predicted.step_s * (1 + 1e-6)
 
 
 def test_seconds_next_to_nothing_do_not_keep_a_problem_from_having_a_bound() -> None:
@@ -118,6 +122,33 @@ def test_a_deep_model_is_solved_within_three_hundredths_of_the_bound() -> None:
     assert validate(question, answer) == []
     assert answer.optimality is not None
     assert 0 <= answer.optimality.gap < 0.03
+
+
+@pytest.mark.parametrize(
+    ("params_per_s", "dram_bytes_per_s"),
+    [
+        pytest.param(40 * MIB / 6, 200 * MIB, id="updates run into the next forward"),
+        pytest.param(12 * MIB / 6, 1e18, id="a backlog of updates is in the way"),
+    ],
+)
+def test_a_model_whose_updates_nearly_keep_up_takes_as_long_as_its_stages(
+    params_per_s: float, dram_bytes_per_s: float
+) -> None:
+    # Either closed form alone has a plan of 49.5 s or more for one of these.
+    question = problem(
+        16,
+        tuple(bucket(index, index // 6) for index in range(96)),
+        gpu=60 + 96 * 14 * 0.1,
+        dram=4000,
+        ssd=0,
+        rates=lanes(
+            h2d_bytes_per_s=40 * MIB,
+            d2h_bytes_per_s=40 * MIB,
+            cpu_adam_params_per_s=params_per_s,
+            dram_bytes_per_s=dram_bytes_per_s,
+        ),
+    )
+    assert solve(question, "optimal").predicted.step_s < 48.1
 
 
 def test_items_of_which_no_two_are_alike_are_solved_too() -> None:
