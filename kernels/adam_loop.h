@@ -8,15 +8,17 @@
 
 // Bytes ahead of the loop that are asked for: the hardware prefetchers stop at page ends.
 constexpr std::size_t kAhead = 1024;
-// Elements of a block.
-constexpr std::size_t kBlock = 512;
+// Elements that are updated together: whole cache lines of every array.
+constexpr std::size_t kBlock = 32;
+constexpr std::size_t kLine = 16;  // fp32 elements of a cache line
 
 // [Note: streamed weights]
 // New values that replace nothing the loop reads go past the caches: a plain store would read their lines
 // from memory first, two bytes more an element for 16-bit weights and twelve for master and moments in new
-// arrays. fence() makes them seen before the update is done. A processor has few buffers for such stores: where
-// masters, moments and 16-bit weights all go that way, they are made a block at a time in the nearest cache, and
-// leave it array by array.
+// arrays. fence() makes them seen before the update is done. A processor has few buffers for such stores, and
+// must give up one that is filled in part when others are needed. So the stores that fill a line follow one
+// another: a block is computed, then leaves the registers array by array. Long blocks are slow, since nothing is
+// read while they leave.
 
 // The fp32 arrays of an update; elements of two such triples correspond.
 template <typename Number>
@@ -49,11 +51,13 @@ struct Loop {
         step_size(Vector::set(f.step_size)),
         blend_from_grad(f.blend_from_grad) {}
 
-  // Elements [i, i + kWidth) of each array in `from` to [j, j + kWidth) of those in `to`, which may be the
-  // same; returns the masters. Same operations in the same order as torch.optim's single-tensor AdamW.
-  template <bool kStreamState = false>
-  Vector::Float step(const State<const float>& from, const State<float>& to, const void* grad,
-                     std::size_t i, std::size_t j) const {
+  struct Values {
+    Vector::Float master, exp_avg, exp_avg_sq;
+  };
+
+  // New values of elements [i, i + kWidth). Same operations in the same order as torch.optim's single-tensor
+  // AdamW.
+  Values step(const State<const float>& from, const void* grad, std::size_t i) const {
     using V = Vector;
     V::Float g = V::mul(V::mul(load_as_float<Grad>(grad, i), unscale), grad_scale);
     V::Float p = V::load(from.master + i);
@@ -65,10 +69,7 @@ struct Loop {
     v = V::add(V::mul(v, beta2), V::mul(V::mul(one_minus_beta2, g), g));
     const V::Float denom = V::add(V::div(V::sqrt(v), bias2_sqrt), eps);
     p = V::sub(p, V::div(V::mul(step_size, m), denom));
-    V::template store<kStreamState>(to.master + j, p);
-    V::template store<kStreamState>(to.exp_avg + j, m);
-    V::template store<kStreamState>(to.exp_avg_sq + j, v);
-    return p;
+    return {p, m, v};
   }
 
   // New 16-bit weights from element i of `out` on, where there are some.
@@ -79,30 +80,30 @@ struct Loop {
     if constexpr (Out == Dtype::f16) Vector::template store_f16<kStream>(out16 + i, master);
   }
 
-  // A block from element i on, past the caches to `to` and `out`; see [Note: streamed weights].
-  void block(const State<const float>& from, const State<float>& to, const void* grad, void* out,
-             std::size_t i) const {
-    alignas(64) float p[kBlock], m[kBlock], v[kBlock];
-    for (std::size_t j = 0; j < kBlock; j += Vector::kWidth) {
-      ahead<0>(from, i + j);
-      step(from, {p, m, v}, grad, i + j, j);
-    }
-    stream(to.master + i, p);
-    stream(to.exp_avg + i, m);
-    stream(to.exp_avg_sq + i, v);
-    for (std::size_t j = 0; j < kBlock; j += Vector::kWidth) round<true>(out, i + j, Vector::load(p + j));
-  }
-
-  static void stream(float* to, const float* from) {
-    for (std::size_t j = 0; j < kBlock; j += Vector::kWidth)
-      Vector::template store<true>(to + j, Vector::load(from + j));
+  // Updates kVectors vectors, from element i of each array in `from` to the same of those in `to`, which may be
+  // the same. See [Note: streamed weights].
+  template <std::size_t kVectors, bool kStreamState = false, bool kStreamOut = false>
+  void update(const State<const float>& from, const State<float>& to, const void* grad, void* out,
+              std::size_t i) const {
+    constexpr std::size_t kWidth = Vector::kWidth;
+    Values values[kVectors];
+    for (std::size_t j = 0; j < kVectors; ++j) values[j] = step(from, grad, i + j * kWidth);
+    for (std::size_t j = 0; j < kVectors; ++j)
+      Vector::template store<kStreamState>(to.master + i + j * kWidth, values[j].master);
+    for (std::size_t j = 0; j < kVectors; ++j)
+      Vector::template store<kStreamState>(to.exp_avg + i + j * kWidth, values[j].exp_avg);
+    for (std::size_t j = 0; j < kVectors; ++j)
+      Vector::template store<kStreamState>(to.exp_avg_sq + i + j * kWidth, values[j].exp_avg_sq);
+    for (std::size_t j = 0; j < kVectors; ++j) round<kStreamOut>(out, i + j * kWidth, values[j].master);
   }
 
   template <int kWrites>  // lines that are only read need not be owned
   static void ahead(const State<const float>& from, std::size_t i) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from.master + i) + kAhead, kWrites);
-    __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg + i) + kAhead, kWrites);
-    __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg_sq + i) + kAhead, kWrites);
+    for (std::size_t j = i; j < i + kBlock; j += kLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from.master + j) + kAhead, kWrites);
+      __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg + j) + kAhead, kWrites);
+      __builtin_prefetch(reinterpret_cast<const char*>(from.exp_avg_sq + j) + kAhead, kWrites);
+    }
   }
 
   // What does not fill a vector goes through the same code, in a copy.
@@ -115,7 +116,7 @@ struct Loop {
     __builtin_memcpy(m, a.exp_avg + begin, n * 4);
     __builtin_memcpy(v, a.exp_avg_sq + begin, n * 4);
     __builtin_memcpy(g, static_cast<const char*>(a.grad) + begin * kGradBytes, n * kGradBytes);
-    round(out, 0, step({p, m, v}, {p, m, v}, g, 0, 0));
+    update<1>({p, m, v}, {p, m, v}, g, out, 0);
     __builtin_memcpy(to.master + begin, p, n * 4);
     __builtin_memcpy(to.exp_avg + begin, m, n * 4);
     __builtin_memcpy(to.exp_avg_sq + begin, v, n * 4);
@@ -156,12 +157,12 @@ struct Loop {
     const Loop loop(factors);
     const State<const float> from{a.master, a.exp_avg, a.exp_avg_sq};
     std::size_t i = begin;
-    if constexpr (kStreamState && kStreamOut)
-      for (; i + kBlock <= end; i += kBlock) loop.block(from, to, a.grad, a.out16, i);
-    for (; i + Vector::kWidth <= end; i += Vector::kWidth) {
+    for (; i + kBlock <= end; i += kBlock) {
       ahead<kInPlace ? 1 : 0>(from, i);
-      round<kStreamOut>(a.out16, i, loop.template step<kStreamState>(from, to, a.grad, i, i));
+      loop.template update<kBlock / Vector::kWidth, kStreamState, kStreamOut>(from, to, a.grad, a.out16, i);
     }
+    for (; i + Vector::kWidth <= end; i += Vector::kWidth)
+      loop.template update<1, kStreamState, kStreamOut>(from, to, a.grad, a.out16, i);
     if constexpr (kStreamState || kStreamOut) Vector::fence();
     if (i < end) loop.tail(a, to, i, end - i);
   }
