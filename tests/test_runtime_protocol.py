@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from late_device import LateDevice
+from loops import new_garbage_only
 from toy import (
     D,
     Driver,
@@ -87,11 +88,12 @@ def test_a_second_forward_while_activations_are_live_is_refused(tmp_path: Path) 
 
 def test_a_dropped_handle_frees_the_activations(tmp_path: Path) -> None:
     runtime, driver, reference = start(tmp_path)
-    for _ in range(3):
-        driver.forward(PROGRAM)
-        driver.handle = None
-        driver.saved.clear()
-        gc.collect()
+    with new_garbage_only():
+        for _ in range(3):
+            driver.forward(PROGRAM)
+            driver.handle = None
+            driver.saved.clear()
+            gc.collect()
     driver.train(PROGRAM)
     reference.step()
     reference.check(runtime)
