@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -205,8 +205,24 @@ int cuGetErrorName(int error, const char** name) {
 """
 
 
-def run_with_fake_driver(scenario: str, path: Path) -> None:
-    """Runs a function, "module.name" of tests/, in a process whose libcuda.so.1 is FAKE_DRIVER."""
+# Imports once what each scenario then has in a process of its own.
+_SCENARIOS = """
+import os, sys, traceback, {module} as module
+for name in {names}:
+    if os.fork() == 0:
+        try:
+            getattr(module, name)()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.wait()[1] != 0:
+        sys.exit(name)
+"""
+
+
+def run_with_fake_driver(module: str, names: Sequence[str], path: Path) -> None:
+    """Runs functions of a module of tests/, each in a process whose libcuda.so.1 is FAKE_DRIVER."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -214,15 +230,14 @@ def run_with_fake_driver(scenario: str, path: Path) -> None:
     subprocess.run(
         [compiler, "-shared", "-fPIC", "-o", path / "libcuda.so.1", path / "fake.c"], check=True
     )
-    module = scenario.partition(".")[0]
-    code = f"import {module}; {scenario}()"
+    code = _SCENARIOS.format(module=module, names=tuple(names))
     search = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"LD_LIBRARY_PATH": str(path), "PYTHONPATH": search},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
 

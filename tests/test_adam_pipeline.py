@@ -381,17 +381,14 @@ def scenario_rank() -> None:
         bucket.check()
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
+def test_cuda_events_hold_an_update_back(tmp_path: Path) -> None:
+    scenarios = (
         "scenario_waits_for_events",
         "scenario_failed_event",
         "scenario_event_that_never_comes",
         "scenario_rank",
-    ],
-)
-def test_cuda_events_hold_an_update_back(scenario: str, tmp_path: Path) -> None:
-    run_with_fake_driver(f"test_adam_pipeline.{scenario}", tmp_path)
+    )
+    run_with_fake_driver("test_adam_pipeline", scenarios, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")

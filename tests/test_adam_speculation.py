@@ -311,14 +311,11 @@ def scenario_many_threads() -> None:
             spare.check(buckets[i % 5])
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
+def test_cancelled_jobs_leave_everything_as_it_is(tmp_path: Path) -> None:
+    scenarios = (
         "scenario_waiting_jobs",
         "scenario_failed_event",
         "scenario_while_events_are_asked_for",
         "scenario_many_threads",
-    ],
-)
-def test_cancelled_jobs_leave_everything_as_it_is(scenario: str, tmp_path: Path) -> None:
-    run_with_fake_driver(f"test_adam_speculation.{scenario}", tmp_path)
+    )
+    run_with_fake_driver("test_adam_speculation", scenarios, tmp_path)
