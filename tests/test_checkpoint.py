@@ -25,6 +25,8 @@ import lohan_fx
 from lohan_fx import LohanError, TrainingLoopError
 
 BATCHES = [tokens(index) for index in range(6)]
+# Here it does not matter how good a plan is, but that it is there soon.
+QUICK: dict[str, Any] = {"dtype": torch.bfloat16, "policy": "greedy"}
 
 
 def adamw(model: nn.Module, lr: float = 1e-2, **options: Any) -> lohan_fx.AdamW:
@@ -61,7 +63,7 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 @pytest.fixture
 def trained(tmp_path: Path) -> Iterator[tuple[Any, Any]]:
     """A bf16 model that has made two steps, under a budget that needs every tier."""
-    model = compiled(Tiny(), tmp_path, TIGHT, dtype=torch.bfloat16)
+    model = compiled(Tiny(), tmp_path, TIGHT, **QUICK)
     optimizer = adamw(model)
     train(model, optimizer, BATCHES[:2])
     yield model, optimizer
@@ -83,7 +85,7 @@ def trained(tmp_path: Path) -> Iterator[tuple[Any, Any]]:
 def test_everything_comes_back_under_another_budget(
     weights: str, dtype: torch.dtype, placed: bool, tmp_path: Path
 ) -> None:
-    model = compiled(Tiny(), tmp_path, TIGHT, dtype=dtype)
+    model = compiled(Tiny(), tmp_path, TIGHT, dtype=dtype, policy="greedy")
     optimizer = adamw(model)
     train(model, optimizer, BATCHES[:2])
     lohan_fx.save(model, optimizer, tmp_path / "ckpt", dtype=weights, extra={"epoch": 3})
@@ -111,7 +113,7 @@ def test_resuming_equals_training_on_bit_for_bit(overlap: str, tmp_path: Path) -
     clip = {"backward": None, "speculative": 100.0}.get(overlap, 0.05)
 
     def start() -> tuple[Any, Any, Any]:
-        model = compiled(Tiny(dropout=0.2), tmp_path, TIGHT, overlap=overlap, dtype=torch.bfloat16)
+        model = compiled(Tiny(dropout=0.2), tmp_path, TIGHT, overlap=overlap, **QUICK)
         groups = [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.ndim == 1], "lr": 5e-3},
@@ -304,6 +306,7 @@ _CHILD = """
 import os, sys, time
 from pathlib import Path
 import lohan_fx
+from lohan_fx import api  # once, not in each fork
 from lohan_fx.checkpoint import directory, shards
 from test_checkpoint import odd, adamw
 import torch

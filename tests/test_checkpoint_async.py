@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from loops import ROOMY, TIGHT, Tiny, compiled, tokens
-from test_checkpoint import adamw, assert_equal, state_of, train
+from test_checkpoint import QUICK, adamw, assert_equal, state_of, train
 
 import lohan_fx
 from lohan_fx.checkpoint import saving as saving_module
@@ -74,7 +74,7 @@ def without_masters(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_the_state_of_the_call_is_saved_while_steps_go_on(
     overlap: str, budget: str, brake: Brake, tmp_path: Path
 ) -> None:
-    model = compiled(Tiny(), tmp_path, budget, overlap=overlap, dtype=torch.bfloat16)
+    model = compiled(Tiny(), tmp_path, budget, overlap=overlap, **QUICK)
     optimizer = adamw(model)
     train(model, optimizer, BATCHES[:2])
     expected = state_of(model, optimizer)
@@ -97,7 +97,7 @@ def test_an_update_waits_where_there_is_no_room_for_a_copy(
     brake: Brake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving_module, "COPY_BYTES", 40_000)
-    model = compiled(Tiny(), tmp_path, TIGHT, dtype=torch.bfloat16)
+    model = compiled(Tiny(), tmp_path, TIGHT, **QUICK)
     optimizer = adamw(model)
     train(model, optimizer, BATCHES[:2])
     expected = state_of(model, optimizer)
@@ -125,7 +125,7 @@ def test_an_update_waits_where_there_is_no_room_for_a_copy(
 
 
 def test_what_changes_values_otherwise_waits_for_the_save(brake: Brake, tmp_path: Path) -> None:
-    model = compiled(Tiny(), tmp_path, TIGHT, dtype=torch.bfloat16)
+    model = compiled(Tiny(), tmp_path, TIGHT, **QUICK)
     optimizer = adamw(model)
     train(model, optimizer, BATCHES[:1])
     expected = state_of(model, optimizer)
@@ -152,7 +152,7 @@ def test_what_changes_values_otherwise_waits_for_the_save(brake: Brake, tmp_path
 def test_a_failure_in_the_background_is_raised_or_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = compiled(Tiny(), tmp_path, TIGHT, dtype=torch.bfloat16)
+    model = compiled(Tiny(), tmp_path, TIGHT, **QUICK)
     optimizer = adamw(model)
     train(model, optimizer, BATCHES[:1])
     lohan_fx.save(model, optimizer, tmp_path / "ckpt", extra="old")

@@ -22,6 +22,7 @@ from lohan_fx.planner import (
     activation_places,
     bucket_places,
     estimate,
+    predict,
     solve,
     streamed_places,
     validate,
@@ -61,13 +62,17 @@ def every_placement(question: Problem) -> list[tuple[float, Solution]]:
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
-def test_optimal_is_sound_and_no_policy_is_faster(question: Problem) -> None:
+def test_answers_are_sound_and_as_replayed_and_none_is_faster_than_optimal(
+    question: Problem,
+) -> None:
     answers = {policy: attempt(question, policy) for policy in SOLVERS}
     best = answers["optimal"]
     for policy, answer in answers.items():
         if answer is None:
             continue
         assert validate(question, answer) == [], policy
+        replay = predict(question, answer.buckets, answer.activations, answer.windows)
+        assert answer.predicted == replay, policy
         assert best is not None, policy
         if not is_resident(best):
             assert best.predicted.step_s <= answer.predicted.step_s * (1 + 2e-6), policy
