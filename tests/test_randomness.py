@@ -23,14 +23,14 @@ WIDTH, HEADS = 16, 2
 
 
 class Attention(nn.Module):
-    """Attention and an MLP with dropout in both, twice; the loss is computed inside."""
+    """Layers of attention and an MLP with dropout in both; the loss is computed inside."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         # No bias: the gradient of the keys' is nothing but rounding, and Adam goes by its sign.
-        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH, bias=False) for _ in range(2))
-        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH, bias=False) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(layers))
         self.drop = nn.Dropout(0.2)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_another_seed_gives_other_masks(tmp_path: Path) -> None:
 def test_a_run_over_inductor_repeats_itself(tmp_path: Path) -> None:
     runs = []
     for _ in range(2):
-        model = compiled(Attention(), tmp_path, lowering="inductor", policy=RandomPolicy(4))
+        model = compiled(Attention(1), tmp_path, lowering="inductor", policy=RandomPolicy(4))
         losses = loop(model, lohan_fx.AdamW(model.parameters()), steps=2)
         runs.append((losses, model.state_dict()))
         model.close()
