@@ -1,4 +1,5 @@
-"""A training run of its own process, for test_faults.py: `python fault_child.py MODE FOLDER STEPS`.
+"""A training run of its own process, for test_faults.py: `python fault_child.py MODE FOLDER STEPS`, or
+`forked` in a process that has imported this.
 
 MODE
   whole    trains STEPS steps from the checkpoint, if there is one, saving after every second
@@ -62,9 +63,20 @@ def _is_link(fd: str) -> bool:
     return True
 
 
+def forked(mode: str, folder: Path, steps: int) -> None:
+    """The same as main(), printing into files `out` and `err` of FOLDER."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    run(mode, folder, steps)
+    sys.stdout.flush()
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started with & ignores it
-    mode, folder, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+
+
+def run(mode: str, folder: Path, steps: int) -> None:
     disk, checkpoint = folder / "disk", folder / "checkpoint"
     model = compiled(Tiny(dropout=0.1), disk, policy=RandomPolicy(3))
     optimizer = lohan_fx.AdamW(model.parameters(), lr=3e-3)

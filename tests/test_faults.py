@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing.forkserver
 import os
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import fault_child
 import pytest
 import torch
 from loops import Tiny, assert_same, compiled, step, steps, tokens
@@ -29,28 +34,44 @@ from lohan_fx.errors import TrainingLoopError, TransferError
 HERE = Path(__file__).parent
 
 
-def child(mode: str, folder: Path, count: int) -> subprocess.Popen[str]:
-    (folder / "disk").mkdir(exist_ok=True)
-    paths = [str(HERE), str(Path(lohan_fx.__file__).parents[1])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "fault_child.py"), mode, str(folder), str(count)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+PATHS = [str(HERE), str(Path(lohan_fx.__file__).parents[1])]
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
 
 
-def result(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == code, err
-    lines = out.strip().splitlines()
-    found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return found
+@dataclass(frozen=True)
+class Child:
+    process: BaseProcess
+    folder: Path
+
+    def result(self, code: int = 0) -> dict[str, Any]:
+        """What it has printed last, after it has ended with this code."""
+        try:
+            self.process.join(300)
+        finally:
+            self.process.kill()
+        assert self.process.exitcode == code, (self.folder / "err").read_text()
+        lines = (self.folder / "out").read_text().splitlines()
+        found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return found
+
+
+@pytest.fixture(scope="module")
+def child() -> Callable[[str, Path, int], Child]:
+    """Starts a process that trains, see fault_child: a fork of one that has imported all of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fault_child", "lohan_fx.api"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+
+    def start(mode: str, folder: Path, count: int) -> Child:
+        (folder / "disk").mkdir(exist_ok=True)
+        process = context.Process(target=fault_child.forked, args=(mode, folder, count))
+        process.start()
+        return Child(process, folder)
+
+    return start
 
 
 def interrupted(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -68,20 +89,29 @@ def interrupted(process: subprocess.Popen[str]) -> dict[str, Any]:
 # ---- The process ----
 
 
-def test_killed_in_a_step_it_resumes_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+def test_killed_in_a_step_it_resumes_from_its_checkpoint_bit_for_bit(
+    child: Callable[[str, Path, int], Child], tmp_path: Path
+) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    whole = result(child("whole", tmp_path / "whole", 6))
-    result(child("killed", tmp_path / "killed", 3), code=-signal.SIGKILL)
+    whole = child("whole", tmp_path / "whole", 6).result()
+    child("killed", tmp_path / "killed", 3).result(code=-signal.SIGKILL)
     assert list((tmp_path / "killed" / "disk").iterdir()) == []  # its files had no names
-    resumed = result(child("whole", tmp_path / "killed", 6))
+    resumed = child("whole", tmp_path / "killed", 6).result()
     assert resumed["first"] == 2  # the third step's update is not in the checkpoint
     assert resumed["losses"] == whole["losses"][2:]
     assert resumed["masters"] == whole["masters"]
 
 
 def test_an_interrupt_is_a_keyboard_interrupt_and_leaves_nothing(tmp_path: Path) -> None:
-    process = child("forever", tmp_path, 3)
+    (tmp_path / "disk").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "fault_child.py"), "forever", str(tmp_path), "3"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | ENVIRONMENT,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"
     process.send_signal(signal.SIGINT)
@@ -89,14 +119,16 @@ def test_an_interrupt_is_a_keyboard_interrupt_and_leaves_nothing(tmp_path: Path)
     assert left == {"files": [], "descriptors": [], "locked_kib": 0, "threads": ["MainThread"]}
 
 
-def test_two_runs_on_one_directory_do_not_meet(tmp_path: Path) -> None:
+def test_two_runs_on_one_directory_do_not_meet(
+    child: Callable[[str, Path, int], Child], tmp_path: Path
+) -> None:
     (tmp_path / "disk").mkdir()
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
         (folder / "disk").symlink_to(tmp_path / "disk")
     both = [child("whole", folder, 4) for folder in folders]
-    found = [result(process) for process in both]
+    found = [each.result() for each in both]
     assert found[0] == found[1]
     model = compiled(Tiny(dropout=0.1), tmp_path / "disk", policy=RandomPolicy(3))
     alone = lohan_fx.AdamW(model.parameters(), lr=3e-3)
