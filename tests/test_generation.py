@@ -17,7 +17,7 @@ import lohan_fx
 from lohan_fx.generation import MAX_WHOLE_PROMPTS, pieces, round_length
 
 BUILDS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: llama(2),
+    "llama": lambda: llama(1),
     "gpt2": gpt2,
     "qwen3-tied": qwen3,
 }
@@ -86,7 +86,7 @@ def test_prompts_padded_on_the_left_generate_as_in_plain(tmp_path: Path) -> None
 
 
 def test_generation_between_training_steps_sees_the_new_weights(tmp_path: Path) -> None:
-    ours, theirs = (compiled(llama(2), tmp_path, policy=RandomPolicy(2)), llama(2))
+    ours, theirs = (compiled(llama(1), tmp_path, policy=RandomPolicy(2)), llama(1))
     optimizer = lohan_fx.AdamW(ours.parameters(), lr=1e-2)
     for index in range(3):
         step(ours, optimizer, CASES["llama"].batch(index))
@@ -100,7 +100,7 @@ def test_generation_between_training_steps_sees_the_new_weights(tmp_path: Path) 
 
 def test_adapters_generate_through_the_compiled_model(tmp_path: Path) -> None:
     def build() -> nn.Module:
-        base = llama(2)
+        base = llama(1)
         torch.manual_seed(1)
         config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, r=4)
         return get_peft_model(base, config).eval()
@@ -127,7 +127,7 @@ def test_what_cannot_be_captured_once_runs_eagerly_and_gives_the_same_tokens(
     ours, theirs = compiled(t5(), tmp_path, policy=RandomPolicy(2)).eval(), t5()
     both(ours, theirs, prompt(5))
     ours.close()
-    ours, theirs = compiled(llama(2), tmp_path).eval(), llama(2).eval()
+    ours, theirs = compiled(llama(1), tmp_path).eval(), llama(1).eval()
     both(ours, theirs, prompt(5), cache_implementation="dynamic", use_cache=True)
     both(ours, theirs, prompt(5, batch=1), prompt_lookup_num_tokens=2, use_cache=True)
     assert not ours._lohan.captured

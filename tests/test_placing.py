@@ -23,7 +23,7 @@ from lohan_fx.runtime.store import BucketStore
 
 
 def started(folder: Path) -> tuple[Any, Any]:
-    model = compiled(Tiny(), folder, TIGHT)
+    model = compiled(Tiny(), folder, TIGHT, policy="greedy")
     return model, lohan_fx.AdamW(model.parameters(), lr=1e-2)
 
 

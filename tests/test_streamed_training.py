@@ -82,7 +82,6 @@ def streamed_only(model: Any, optimizer: Any) -> None:
         ("gpt2", "next-forward"),
         ("llama", "backward"),
         ("mlp", "serial"),
-        ("qwen3", "speculative"),
         *(("tiny", mode) for mode in MODES),
     ],
 )

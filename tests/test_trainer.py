@@ -23,7 +23,7 @@ from lohan_fx.liveline import LiveLine
 PLACES: dict[str, tuple[str, Any]] = {
     "gpu": ("gpu=1GB, dram=1GB", "greedy"),
     "mixed": ("gpu=1GB, dram=1GB", RandomPolicy(4)),
-    "tight": ("gpu=600kB, dram=1MB", "greedy"),
+    "tight": ("gpu=300kB, dram=300kB", "greedy"),
 }
 
 
@@ -63,7 +63,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 def plain(folder: Path, model: nn.Module | None = None, **options: Any) -> Trainer:
     return Trainer(
-        model=model or llama(2),
+        model=model or llama(1),
         args=arguments(folder / "plain", **options),
         train_dataset=Sentences(15),
         eval_dataset=Sentences(3),
@@ -76,7 +76,7 @@ def lohan(
     (folder / "ssd").mkdir(exist_ok=True)
     budget, policy = PLACES[place]
     return LohanTrainer(
-        model=model or llama(2),
+        model=model or llama(1),
         args=arguments(folder / "ours", **options),
         train_dataset=Sentences(15),
         eval_dataset=Sentences(3),
@@ -148,7 +148,7 @@ def test_micro_batches_accumulate_as_in_plain_trainer(tmp_path: Path) -> None:
 
 def test_adapters_train_as_with_plain_trainer(tmp_path: Path) -> None:
     def build() -> nn.Module:
-        base = llama(2)
+        base = llama(1)
         torch.manual_seed(1)
         config = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
         return get_peft_model(base, config)
@@ -217,7 +217,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
 
 def test_a_model_compiled_before_is_taken_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "ssd").mkdir()
-    model = compiled(llama(2), tmp_path / "ssd")
+    model = compiled(llama(1), tmp_path / "ssd")
     ours = LohanTrainer(model, arguments(tmp_path / "ours"), train_dataset=Sentences(15))
     theirs = plain(tmp_path)
     ours.train()
