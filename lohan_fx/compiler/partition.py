@@ -7,9 +7,9 @@ there is nothing to optimise, and the graphs are extracted directly.
 
 from __future__ import annotations
 
-import inspect
+import copy
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch._functorch import partitioners
 from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx._lazy_graph_module import _make_graph_module
 from torch.utils.checkpoint import CheckpointPolicy
+
+from lohan_fx.errors import PassError
 
 from .values import is_dense, storage_root, storage_span_bytes, tensor_of, view_source, views_of
 
@@ -183,39 +185,110 @@ def recompute_closure(
 def split(joint: Joint, saved: Iterable[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The forward and backward graphs in which exactly `saved` (and inputs) go across.
 
-    `saved` are storage owners of the forward. What backward does not need of them is not saved. The
-    joint graph is used up.
+    `saved` are storage owners of the forward. What backward does not need of them is not saved. What it
+    computes again stands right before its first reader there, as autograd would come to it. The joint
+    graph is used up.
     """
     keep = {node.name for node in saved}
     module = joint.module
     module.graph.eliminate_dead_code()
-    module.graph = fx_graph_cse(module.graph)
-    graph = module.graph
+    graph = fx_graph_cse(module.graph)
     backward = backward_nodes(graph)
     if _must_be_tagged(graph, backward):
+        module.graph = graph
         return _tagged_split(joint, keep, backward)
-    across = _read_across(joint, keep, backward)
-    options: dict[str, Any] = {"saved_sym_nodes": []}
-    if "saved_opaque_nodes" in inspect.signature(_EXTRACT).parameters:  # torch 2.12 and later
-        options["saved_opaque_nodes"] = []
-    forward_module, backward_module = _EXTRACT(
-        module, across, num_fwd_outputs=joint.num_forward_outputs, **options
-    )
-    # Puts what runs again right before its first reader.
-    backward_module = partitioners.reordering_to_mimic_autograd_engine(backward_module)
+    across = _read_across(graph, joint.num_forward_outputs, keep, backward)
+    # Those that torch may not check for later writes come last.
+    across.sort(key=lambda node: bool(node.meta.get("saved_tensor_with_no_vc_check")))
+    results, described = _results(graph), graph.output_node().meta.get("desc")
+    count = joint.num_forward_outputs
+    placeholders = graph.find_nodes(op="placeholder")
+
+    ahead = _Extract([node for node in placeholders if node not in backward])
+    ahead.want(node for node in (*results[:count], *across) if isinstance(node, fx.Node))
+    ahead.want(node for node in graph.nodes if _acts(node) and node not in backward)
+    ahead.take(graph.nodes)
+    behind = _Extract([*across, *(node for node in placeholders if node in backward)])
+    behind.want(node for node in results[count:] if isinstance(node, fx.Node))
+    behind.want(node for node in graph.nodes if _acts(node) and node in backward)
+    behind.take(graph.nodes, after=backward)
     return (
-        partitioners.raise_getitems(forward_module),
-        partitioners.raise_getitems(backward_module),
+        _make_graph_module(module, ahead.returning([*results[:count], *across])),
+        _make_graph_module(module, behind.returning(results[count:], described and described[count:])),
     )
 
 
-_EXTRACT = partitioners._extract_fwd_bwd_modules
+def _acts(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.is_impure()
 
 
-def _read_across(joint: Joint, keep: set[str], backward: set[fx.Node]) -> list[fx.Node]:
+class _Extract:
+    """A graph of some inputs and of what is wanted that can be computed from them.
+
+    The inputs may be any nodes of the graph it is taken from; they keep their names and metadata.
+    """
+
+    def __init__(self, inputs: Iterable[fx.Node]) -> None:
+        self._new = fx.Graph()
+        self._copies: dict[fx.Node, fx.Node] = {}
+        self._wanted: set[fx.Node] = set()
+        for node in inputs:
+            self._copies[node] = placeholder = self._new.placeholder(node.name)
+            placeholder.meta = copy.copy(node.meta)
+
+    def want(self, nodes: Iterable[fx.Node]) -> None:
+        """These, and all that they are computed from."""
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node in self._wanted or node in self._copies:
+                continue
+            if node.op == "placeholder":
+                raise PassError(f"{node.name} is read in a pass that does not get it")
+            self._wanted.add(node)
+            stack += node.all_input_nodes
+
+    def take(self, nodes: Iterable[fx.Node], after: Container[fx.Node] | None = None) -> None:
+        """Copy what is wanted, in order. With `after`, what comes before the first wanted node in there is
+        copied only where something later reads it, right before that."""
+        ordered = [node for node in nodes if node in self._wanted]
+        first = 0
+        if after is not None:
+            first = next((i for i, node in enumerate(ordered) if node in after), 0)
+        position = {node: i for i, node in enumerate(ordered)}
+        for node in ordered[first:]:
+            missing, stack = set(), [node]
+            while stack:
+                each = stack.pop()
+                if each not in missing and each not in self._copies:
+                    missing.add(each)
+                    stack += each.all_input_nodes
+            for each in sorted(missing, key=position.__getitem__):
+                self._copy(each)
+
+    def _copy(self, node: fx.Node) -> None:
+        """With what unpacks it."""
+        if node in self._copies:
+            return
+        self._copies[node] = self._new.node_copy(node, self._copies.__getitem__)
+        for user in node.users:
+            if user.target is operator.getitem and user in self._wanted:
+                self._copy(user)
+
+    def returning(self, results: Sequence[Any], described: Any = None) -> fx.Graph:
+        """The graph, with these outputs."""
+        found = (self._copies[r] if isinstance(r, fx.Node) else r for r in results)
+        output = self._new.output(tuple(found))
+        output.meta["desc"] = described
+        return self._new
+
+
+def _read_across(
+    graph: fx.Graph, num_forward_outputs: int, keep: set[str], backward: set[fx.Node]
+) -> list[fx.Node]:
     """Inputs and values of the forward that backward reads, in order; the rest of what it needs it
     makes again from these."""
-    stack = _results(joint.graph, joint.num_forward_outputs)
+    stack = [node for node in _results(graph)[num_forward_outputs:] if isinstance(node, fx.Node)]
     reached: set[fx.Node] = set()
     across: set[fx.Node] = set()
     while stack:
@@ -233,14 +306,14 @@ def _read_across(joint: Joint, keep: set[str], backward: set[fx.Node]) -> list[f
             across.add(node)
         else:
             stack += node.all_input_nodes
-    return [node for node in joint.graph.nodes if node in across]
+    return [node for node in graph.nodes if node in across]
 
 
-def _results(graph: fx.Graph, start: int) -> list[fx.Node]:
-    """The graph's outputs from `start` on; those that are no node left out."""
+def _results(graph: fx.Graph) -> Sequence[Any]:
+    """The graph's outputs: nodes, or None."""
     outputs = graph.output_node().args[0]
     assert isinstance(outputs, tuple | list)
-    return [node for node in outputs[start:] if isinstance(node, fx.Node)]
+    return outputs
 
 
 def _must_be_tagged(graph: fx.Graph, backward: set[fx.Node]) -> bool:
@@ -301,7 +374,8 @@ def worth_saving(joint: Joint) -> list[str]:
     )
     if not info.required_bw_nodes:
         forward, _ = _min_cut(trial, joint)
-        return [node.name for node in _results(forward.graph, joint.num_forward_outputs)]
+        saved = _results(forward.graph)[joint.num_forward_outputs :]
+        return [node.name for node in saved if isinstance(node, fx.Node)]
     far = 10**9
     for node in reversed(trial.graph.nodes):
         if node.op == "output":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _make_graph_module
 
 from lohan_fx import ops
 from lohan_fx.errors import CaptureError, PassError
@@ -431,8 +432,8 @@ def weave_training(
     )
     return Woven(
         program,
-        fx.GraphModule(forward, new_forward),
-        fx.GraphModule(backward, new_backward),
+        _make_graph_module(forward, new_forward),
+        _make_graph_module(backward, new_backward),
     )
 
 
@@ -465,7 +466,7 @@ def weave_inference(
         returns_handle=False,
     )
     program = Program(index=index, training=False, slots=(), forward=moves, backward=())
-    return Woven(program, fx.GraphModule(module, graph), None)
+    return Woven(program, _make_graph_module(module, graph), None)
 
 
 def check_moves(woven: Woven) -> None:
