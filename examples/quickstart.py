@@ -155,10 +155,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         budget = args.budget or f"gpu={gpu}MB, dram={dram}MB, ssd={folder}:4GB"
         print(f"device {device}, budget {budget}")
+        print("the first step compiles: about a minute on two cores, some seconds the next time")
         losses, report = train_lohan(data, device, args.lr, dtype, budget, args.policy, lowering)
         print(report)
+    print("\nThe same training in plain PyTorch, for comparison:")
     plain = train_plain(data, device, args.lr, dtype)
-    print("\n step   lohan_fx   plain PyTorch")
+    print(" step   lohan_fx   plain PyTorch")
     for step in range(0, args.steps, max(1, args.steps // 10)):
         print(f"{step:5d}   {losses[step]:8.4f}   {plain[step]:8.4f}")
     worst = max(abs(a - b) for a, b in zip(losses, plain, strict=True))

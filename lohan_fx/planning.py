@@ -219,7 +219,9 @@ def _run_policy(problem: Problem, settings: Settings, forced: Forced) -> Solutio
 
 def plan_of(step: TracedStep, solution: Solution, settings: Settings, seconds_from: str) -> Plan:
     """The plan, still without a schedule; `seconds_from` says whose seconds it counts with."""
-    policy = settings.policy if isinstance(settings.policy, str) else solution.policy
+    policy = settings.policy
+    if callable(policy):  # what it calls in turn would name the solution
+        policy = getattr(policy, "__name__", type(policy).__name__)
     return build_plan(
         step.problem,
         solution,

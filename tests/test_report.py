@@ -13,7 +13,7 @@ from problems import MIB, bucket, problem
 import lohan_fx
 from lohan_fx.plan import Plan, TensorRow, build_plan, build_unfit_plan
 from lohan_fx.plan.timeline import Timeline
-from lohan_fx.planner import Problem, TierMemory, TimeSpan, solve
+from lohan_fx.planner import Forced, Problem, Solution, TierMemory, TimeSpan, solve
 from lohan_fx.report import Bar, Run, plain_text, report_of, tables_of
 from lohan_fx.runtime import RuntimeStats
 from lohan_fx.tracing import Trace
@@ -136,3 +136,15 @@ def test_a_model_reports_its_steps_and_the_trace_of_them(tmp_path: Path) -> None
 def lane(model: Any, name: str) -> tuple[Any, ...]:
     (found,) = [rows for title, _, rows in model.report().tables if title == "lanes"]
     return next(row[1:] for row in found if row[0] == name)
+
+
+def test_a_policy_of_the_callers_own_is_named_by_its_function(tmp_path: Path) -> None:
+    def frugal(asked: Problem, forced: Forced) -> Solution:
+        return solve(asked, "greedy", forced=forced)
+
+    model = compiled(Tiny(), tmp_path, TIGHT, policy=frugal)
+    optimizer = lohan_fx.AdamW(model.parameters(), lr=1e-2)
+    steps(model, optimizer, [tokens(0)])
+    assert model.plan.policy == "frugal"
+    assert "frugal" in model.report()
+    model.close()
