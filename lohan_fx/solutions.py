@@ -48,7 +48,9 @@ def solved(problem: Problem, policy: str, forced: Forced) -> Solution:
             return known
     began = time.perf_counter()
     solution = solve(problem, policy=policy, forced=forced)
-    if time.perf_counter() - began >= WORTH_S:
+    spent = time.perf_counter() - began
+    log.info("planned in %.1f s: %s, under %s, was not known", spent, exact, problem.capacities)
+    if spent >= WORTH_S:
         uses_ssd = solution.predicted.peak_bytes.get("ssd", 0) > 0
         path = exact if uses_ssd else without_ssd
         write_kept(path, solution.to_json().encode(), MAX_FILES)
