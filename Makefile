@@ -2,9 +2,13 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Modules are compiled as they are imported: a few of the thousands that are installed.
+INSTALL := $(BIN)/python -m pip install -q --no-compile
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard kernels/*) pyproject.toml constraints.txt
 TREE := build/typecheck
+# The browser is installed beside the environment, types are checked beside style.
+MAKEFLAGS += --jobs=2
 # Tests of one run at a time on each core; every one of them may need 2 GB of memory.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0))))")
 
@@ -19,11 +23,11 @@ $(VENV)/bin/python:
 
 # The torch that is there then stays: the constraints may name another version of it.
 $(STAMP): $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) -c constraints.txt torch
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(BIN)/python -c "import torch; print(f'torch=={torch.__version__}')" >> $(VENV)/constraints.txt
-	$(BIN)/python -m pip install -q "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
-	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[hf,dev,bench]"
+	$(INSTALL) "scikit-build-core>=0.11" "pybind11>=2.13" "cmake>=3.20" ninja
+	$(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e ".[hf,dev,bench]"
 	touch $(STAMP)
 
 demo: $(STAMP)  ## set up, then train a real model whose budget forces all three tiers
@@ -42,7 +46,7 @@ test: $(STAMP) browser lint types  ## set up, then check style, contracts, types
 # Contracts and types are checked on the tree as it is installed, where planner/ is lohan_fx.planner.
 tree: $(STAMP)
 	rm -rf $(TREE)
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -C wheel.cmake=false --target $(TREE) .
+	$(INSTALL) --no-deps --no-build-isolation -C wheel.cmake=false --target $(TREE) .
 
 lint: tree  ## formatting, style rules and import contracts
 	$(BIN)/python -m ruff format --check .
