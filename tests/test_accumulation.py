@@ -10,7 +10,6 @@ import pytest
 import torch
 from loops import TIGHT, Tiny, assert_same, compiled, plain_adamw, step, tokens
 from recipes import (
-    DTYPES,
     OVERLAPS,
     TIERS,
     InOneTier,
@@ -41,8 +40,14 @@ MICRO = (
 )
 
 
-@pytest.mark.parametrize("overlap", OVERLAPS)
-@pytest.mark.parametrize("dtype", DTYPES)
+# In bf16 both modes have the same bits, see below.
+@pytest.mark.parametrize(
+    ("dtype", "overlap"),
+    [
+        pytest.param(torch.float32, "backward", id="fp32, backward"),
+        pytest.param(torch.bfloat16, "next-forward", id="bf16, next-forward"),
+    ],
+)
 def test_unequal_micro_batches_agree_with_plain_pytorch_in_every_tier(
     dtype: torch.dtype, overlap: str, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ import lohan_fx
 from lohan_fx.errors import LohanError
 
 MLP = CASES["mlp"]
-TINY = Case("tiny", Tiny, tokens)
+TINY = Case("tiny", lambda: Tiny(layers=2), tokens)
 STEPS = tuple(((seed, 1.0),) for seed in range(4))
 
 

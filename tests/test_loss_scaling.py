@@ -20,7 +20,7 @@ from lohan_fx.errors import TrainingLoopError
 from lohan_fx.optim import loss_scalers
 
 MLP = CASES["mlp"]
-TINY = Case("tiny", Tiny, tokens)
+TINY = Case("tiny", lambda: Tiny(layers=2), tokens)
 STEPS = tuple(((seed, 1.0),) for seed in range(7))
 
 
