@@ -119,6 +119,7 @@ def place_all(weight: str, activation: str) -> Callable[[Any, Any], Any]:
         place = Place(weight)
         return solve(
             problem,
+            "greedy",
             forced=Forced(
                 buckets={
                     b.index: BucketPlace(place, place) for b in problem.buckets if b.trainable
