@@ -285,7 +285,7 @@ def test_an_update_that_fails_on_ssd_is_told_apart_from_those_made_ahead(tmp_pat
 
 SLOW_ADAM = replace(Hardware.preset("lohan-rtx4090"), cpu_adam_params_per_s=1e8)
 # The optimizer states are the CPU's, with room for second copies or without.
-WIDE, NARROW = "gpu=180kB, dram=2MB", "gpu=180kB, dram=600kB"
+WIDE, NARROW = "gpu=180kB, dram=2MB", "gpu=180kB, dram=360kB"
 # There is room for the second copies of some.
 BETWEEN = "gpu=180kB, dram=900kB"
 
