@@ -30,7 +30,6 @@ from lohan_fx.errors import CaptureError
 from lohan_fx.params import owner_of
 from lohan_fx.program import Tier
 
-from .graph_logs import unread_logs_left_out
 from .kernels import warm_workers
 from .known_joints import KnownJoint
 from .partition import Candidate, Joint, backward_nodes, find_candidates, split, worth_saving
@@ -147,7 +146,6 @@ class Backend:
         with (
             paused_collector(),
             known.looked_up(),
-            unread_logs_left_out(),
             torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
         ):
             compiled = aot_autograd(
