@@ -214,7 +214,9 @@ def split(joint: Joint, saved: Iterable[fx.Node]) -> tuple[fx.GraphModule, fx.Gr
     behind.take(graph.nodes, after=backward)
     return (
         _make_graph_module(module, ahead.returning([*results[:count], *across])),
-        _make_graph_module(module, behind.returning(results[count:], described and described[count:])),
+        _make_graph_module(
+            module, behind.returning(results[count:], described and described[count:])
+        ),
     )
 
 
