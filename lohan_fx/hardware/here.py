@@ -56,7 +56,10 @@ def load(name_or_path: str | os.PathLike[str], num_ssds: int | None = None) -> H
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
         raise LohanError(f"the hardware file {path} cannot be read: {exc}") from exc
-    return Hardware.from_json(text)
+    try:
+        return Hardware.from_json(text)
+    except LohanError as exc:
+        raise LohanError(f"{path}: {exc}") from exc
 
 
 def detect() -> Hardware:

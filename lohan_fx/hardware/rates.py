@@ -108,14 +108,14 @@ class Hardware:
         """The hardware `to_json` wrote. Raises LohanError on another schema or malformed data."""
         try:
             raw: dict[str, Any] = json.loads(text)
-            schema = raw.pop("schema")
+            schema = raw.pop("schema", None)
             if schema != HARDWARE_SCHEMA:
                 raise LohanError(
                     f"this hardware file has schema {schema!r}, this version reads "
                     f"{HARDWARE_SCHEMA}; measure the machine again (python -m lohan_fx.probe)"
                 )
             made = cls(**raw)
-        except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        except (AttributeError, TypeError, ValueError) as exc:
             raise LohanError(f"this is not a hardware file: {exc}") from exc
         wrong = [f.name for f in dataclasses.fields(cls) if not _is_valid(getattr(made, f.name), f)]
         if wrong:
