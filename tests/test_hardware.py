@@ -106,7 +106,7 @@ def test_a_machine_survives_its_file(tmp_path: Path) -> None:
 def test_a_file_that_is_no_machine_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "machine.json"
     file.write_text(text)
-    with pytest.raises(LohanError, match="machine.json: this .*hardware file"):
+    with pytest.raises(LohanError, match=r"machine\.json: this .*hardware file"):
         load(file)
 
 
