@@ -26,7 +26,7 @@ import weakref
 from typing import Protocol
 
 import torch
-from torch import fx
+from torch import fx, library
 
 from .errors import LohanError
 
@@ -73,7 +73,7 @@ _SCHEMAS = (
     "grad(int rt, int pid, Tensor g) -> ()",
 )
 
-_library = torch.library.Library("lohan", "DEF")  # type: ignore[no-untyped-call]
+_library = library.Library("lohan", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _define(schema: str) -> None:

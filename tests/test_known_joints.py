@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from loops import VOCAB, WIDTH, Tiny, compiled, steps, tokens
-from torch import nn
+from torch import library, nn
 
 import lohan_fx
 from lohan_fx import ops
@@ -154,7 +154,7 @@ def test_another_version_of_the_compiler_traces_anew(
     assert len(traces) == 2
 
 
-@torch.library.custom_op("lohan_test::doubled", mutates_args=())
+@library.custom_op("lohan_test::doubled", mutates_args=())
 def _doubled(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
