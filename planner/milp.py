@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -115,20 +116,13 @@ def place_counts(
     None without any, or with none that take less than `cutoff_s`. With `streams`, states may pass
     through the GPU for their updates; `spills`: see `updates_spill`.
     """
-    relaxed = _Program(problem, forced, room, integral=False, streams=streams, spills=spills)
+    program = partial(_Program, problem, forced, room, streams=streams, spills=spills)
+    relaxed = program(integral=False)
     if not relaxed.settle() or relaxed.bound_s() >= cutoff_s:
         return None
     if streams or not relaxed.has_few_lots:
         return relaxed.rounded()
-    exact = _Program(
-        problem,
-        forced,
-        room,
-        integral=True,
-        streams=streams,
-        spills=spills,
-        positions=relaxed.positions,
-    )
+    exact = program(integral=True, positions=relaxed.positions)
     if not exact.settle():
         return None
     found = exact.answer()
@@ -137,21 +131,14 @@ def place_counts(
 
 def bound_seconds(problem: Problem, forced: Forced) -> float | None:
     """Seconds that no placement's step is below, by the cost model; None where none can fit."""
-    relaxed = _Program(problem, forced, None, integral=False, streams=True, spills=True)
+    program = partial(_Program, problem, forced, None, streams=True, spills=True)
+    relaxed = program(integral=False)
     if not relaxed.settle():
         return None
     bound = relaxed.bound_s()
     if not relaxed.has_few_lots:
         return bound * (1 - _PROOF_SLACK)
-    exact = _Program(
-        problem,
-        forced,
-        None,
-        integral=True,
-        streams=True,
-        spills=True,
-        positions=relaxed.positions,
-    )
+    exact = program(integral=True, positions=relaxed.positions)
     if exact.solve():
         bound = max(bound, exact.bound_s())
     return bound * (1 - _PROOF_SLACK)

@@ -47,7 +47,7 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
     best = all_on_gpu(problem, forced)
     failure: NothingFits | None = None
     if best is None:
-        best = _own(problem, forced)
+        best = own = _own(problem, forced)
         for solver in (greedy, *rivals.values()):
             try:
                 rival = solver(problem, forced, best.predicted.step_s if best else math.inf)
@@ -60,7 +60,8 @@ def best_of(problem: Problem, forced: Forced | None, rivals: Mapping[str, Rival]
         if best is None:
             assert failure is not None
             raise failure
-        best = _or_mixed(problem, forced, best)
+        if best is not own:
+            best = _or_mixed(problem, forced, best)
         if _waits_for_cpu(best):
             best = _streamed(problem, forced, best)
     else:
