@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .stages import flop_formula
+from .node_costs import flop_formula
 from .values import storage_root, storage_span_bytes, tensor_of, view_source, views_of
 
 # Ops that move memory by themselves. Of these, look-ups are fused with what reads or feeds them; the

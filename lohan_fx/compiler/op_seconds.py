@@ -26,7 +26,7 @@ from lohan_fx.hardware import cache_dir
 from lohan_fx.progress import progress_of_pieces
 from lohan_fx.runtime.timing import seconds_per_call
 
-from .stages import flop_formula, node_bytes
+from .node_costs import flop_formula, node_bytes
 from .values import dtype_name, storage_span_bytes
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from torch import fx
 from lohan_fx.hardware import Hardware
 
 from .fusion import fused_kernels, is_extern, op_name
-from .stages import node_bytes, node_flops
+from .node_costs import node_bytes, node_flops
 from .values import dtype_name, tensor_of
 
 MATMUL_EFFICIENCY = 0.90
