@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from training import Batch, loss_of
+from training import Batch, Case, loss_of
 
 import lohan_fx
 
@@ -58,6 +58,9 @@ def tokens(seed: int, batch: int = 4, length: int = 12) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (batch, length), generator=generator)
     return {"ids": ids, "labels": ids.roll(1, 1)}
+
+
+TINY = Case("tiny", lambda: Tiny(layers=2), tokens)
 
 
 def compiled(model: nn.Module, folder: Path, budget: str = ROOMY, **options: Any) -> Any:

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from loops import Tiny, assert_same, compiled, plain_adamw, step, tokens
+from loops import TINY, Tiny, assert_same, compiled, plain_adamw, step, tokens
 from recipes import DTYPES, TIERS, Recipe, assert_same_bits, plain, through_lohan
 from torch import nn
-from training import CASES, Case
+from training import CASES
 
 import lohan_fx
 from lohan_fx.errors import LohanError
 
 MLP = CASES["mlp"]
-TINY = Case("tiny", lambda: Tiny(layers=2), tokens)
 STEPS = tuple(((seed, 1.0),) for seed in range(4))
 
 

@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from loops import Tiny, assert_same, compiled, new_garbage_only, step, tokens
+from loops import TINY, assert_same, compiled, new_garbage_only, step, tokens
 from recipes import TIERS, Recipe, assert_same_bits, plain, through_lohan
-from training import CASES, Case
+from training import CASES
 
 import lohan_fx
 from lohan_fx.errors import TrainingLoopError
 from lohan_fx.optim import loss_scalers
 
 MLP = CASES["mlp"]
-TINY = Case("tiny", lambda: Tiny(layers=2), tokens)
 STEPS = tuple(((seed, 1.0),) for seed in range(7))
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from late_device import LateDevice
-from loops import Tiny, assert_same, compiled, step, steps, tokens
+from loops import TINY, Tiny, assert_same, compiled, step, steps, tokens
 from memory_meter import metered_skeletons
 from recipes import InOneTier, Recipe, assert_same_bits, plain, through_lohan
 from torch import nn
-from training import CASES, Case, loss_of
+from training import CASES, loss_of
 
 import lohan_fx
 from lohan_fx.planner import (
@@ -31,7 +31,6 @@ from lohan_fx.planner import (
     streamed_places,
 )
 
-TINY = Case("tiny", lambda: Tiny(layers=2), tokens)
 BF16 = torch.bfloat16
 STEPS = tuple(((seed, 1.0),) for seed in range(5))
 MODES = ["backward", "next-forward", "speculative", "serial"]
