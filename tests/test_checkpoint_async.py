@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import QUICK, adamw, assert_equal, state_of, train
 from loops import ROOMY, TIGHT, Tiny, compiled, tokens
-from test_checkpoint import QUICK, adamw, assert_equal, state_of, train
 
 import lohan_fx
 from lohan_fx.checkpoint import saving as saving_module
