@@ -53,7 +53,10 @@ class Placed(NamedTuple):
 
 
 class Use(NamedTuple):
-    """A value that is waited for at a position, or leaves at one. Sorts in program order."""
+    """A value that is waited for at a position, or leaves at one. Sorts in program order.
+
+    `nbytes` are those it takes on the GPU, a multiple of GPU_ALIGN: windows count in these.
+    """
 
     position: int
     arg: int

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from lohan_fx.planner.places import backward_intervals, readers_first
-from lohan_fx.planner.problem import Bucket, BucketPlace, Place, Problem
+from lohan_fx.planner.problem import GPU_ALIGN, Bucket, BucketPlace, Place, Problem, align_up
 from lohan_fx.planner.schedule import (
     Placed,
     Use,
@@ -100,7 +100,7 @@ def step_program(
     )
     fw_moves += offload_moves(
         [
-            Use(forward.position[at], a.index, a.bytes)
+            Use(forward.position[at], a.index, align_up(a.bytes, GPU_ALIGN))
             for a, at in zip(swapped, leaving, strict=True)
         ],
         len(forward.pieces),
@@ -111,7 +111,7 @@ def step_program(
     )
     bw_moves += reload_moves(
         [
-            Use(backward.position[at], a.index, a.bytes)
+            Use(backward.position[at], a.index, align_up(a.bytes, GPU_ALIGN))
             for a, at in zip(swapped, returning, strict=True)
         ],
         windows.reload_window_bytes,
@@ -280,7 +280,7 @@ class _Pass:
                     first,
                     last,
                     self.end_of[self.pieces[last].stage],
-                    bucket.weight_bytes,
+                    align_up(bucket.weight_bytes, GPU_ALIGN),
                     resident=resident,
                     refreshed=resident and bucket.trainable and place.state is not Place.GPU,
                 )

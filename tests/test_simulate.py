@@ -392,6 +392,19 @@ def test_a_step_is_no_shorter_than_its_busiest_lane(case: Placed, room: Room, pi
     assert parts == pytest.approx(predicted.step_s)
 
 
+def test_windows_count_what_the_gpu_hands_out() -> None:
+    # The last two fill the window that the first needs, but each takes the rest of 512 bytes more.
+    sizes = ((1, 3 * MIB + 7), (0, 2 * MIB + 7), (0, MIB + 7))
+    kept = [
+        dataclasses.replace(activation(index, at), bytes=nbytes)
+        for index, (at, nbytes) in enumerate(sizes)
+    ]
+    question, acts = problem(2, activations=tuple(kept)), [D] * 3
+    windows = Ledger(question, [], acts).windows(Room.ITEM)
+    peaks = estimate(question, [], acts, windows).peak_bytes
+    assert simulate(question, [], acts, windows).memory["gpu"].peak_bytes <= peaks["gpu"]
+
+
 @_ANY
 @given(placed(), st.sampled_from(Room), st.sampled_from([1, 3]), st.sets(st.integers(0, 7)))
 def test_memory_over_time_stays_below_the_peaks_of_the_cost_model(

@@ -19,6 +19,7 @@ from torch.fx._lazy_graph_module import _make_graph_module
 from lohan_fx import ops
 from lohan_fx.errors import CaptureError, PassError
 from lohan_fx.planner import schedule
+from lohan_fx.planner.problem import GPU_ALIGN, align_up
 from lohan_fx.program import Bucket, Move, Program, Slot, Tier
 
 from .fusion import free_cuts, source_op
@@ -162,7 +163,7 @@ class Weaver:
                         first,
                         last,
                         self.stage_end(last),
-                        layout.buckets[bucket].weight_bytes,
+                        align_up(layout.buckets[bucket].weight_bytes, GPU_ALIGN),
                         resident=bucket in layout.resident,
                         refreshed=bucket in layout.refreshed,
                     )
@@ -187,7 +188,7 @@ class Weaver:
                 ),
             )
             at = cuts[bisect.bisect_right(cuts, last)]
-            leaving.append(schedule.Use(at, slot.index, slot.nbytes))
+            leaving.append(schedule.Use(at, slot.index, align_up(slot.nbytes, GPU_ALIGN)))
         node_of = {slot.index: node for slot, node in slots}
         for move in schedule.offload_moves(leaving, self.end, window):
             tensor = node_of[move.arg] if move.op == "offload" else None
@@ -205,7 +206,7 @@ class Weaver:
         for slot, placeholder in slots:
             first = min(self.position[user] for user in placeholder.users if user.op != "output")
             at = cuts[bisect.bisect_right(cuts, first) - 1]
-            waits.append(schedule.Use(at, slot.index, slot.nbytes))
+            waits.append(schedule.Use(at, slot.index, align_up(slot.nbytes, GPU_ALIGN)))
         ends = self.ends_of(closed, backward=True)
         self.insert(schedule.reload_moves(waits, window, ends))
 
